@@ -1,0 +1,1 @@
+"""Frozen-feature evaluation: k-nearest neighbours, linear probe, and the figures made from them."""

@@ -1,0 +1,124 @@
+"""Conversion between `ViT` and Hugging Face's `CLIPVisionModel`: keys and config only, no files, no transformers.
+
+`ViT` uses Hugging Face's parameter names, so that a conversion is a prefix, a check and a projection left out.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlcd_ds.models.vit import ViT, ViTConfig
+
+PREFIX = "vision_model."
+PROJECTION = "projection."
+
+# transformers leaves fields at their default out of some config.json files
+_CLIP_VISION_DEFAULTS: dict[str, Any] = {
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "projection_dim": 512,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "num_channels": 3,
+}
+_IGNORED_KEYS = frozenset({"logit_scale", "text_projection.weight", "visual_projection.weight"})
+
+
+def clip_vision_config(config: ViTConfig) -> dict[str, Any]:
+    """Return the contents of a `config.json` with which `CLIPVisionModel.from_pretrained` builds this model."""
+    return {
+        "architectures": ["CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": 3,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_width,
+        "projection_dim": config.embed_dim,
+        "hidden_act": config.activation,
+        "layer_norm_eps": config.norm_eps,
+        "attention_dropout": 0.0,
+    }
+
+
+def to_clip_vision(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a `ViT`'s state under `CLIPVisionModel`'s keys, contiguous, the loss's projection left out.
+
+    Every key has the `vision_model.` prefix: transformers 4 loads a file without it with random weights and a warning.
+    """
+    return {
+        PREFIX + name: tensor.detach().contiguous()
+        for name, tensor in state_dict.items()
+        if not name.startswith(PROJECTION)
+    }
+
+
+def from_clip_vision(
+    state_dict: Mapping[str, Tensor], hf_config: Mapping[str, Any]
+) -> tuple[ViTConfig, dict[str, Tensor]]:
+    """Return the config and the state of the `ViT` that equals a `CLIPVisionModel` or a `CLIPModel`'s vision half.
+
+    Keys may have the `vision_model.` prefix or not. Left out: `embeddings.position_ids` (a buffer that older versions
+    saved), `text_model.*`, `text_projection.weight`, `visual_projection.weight` and `logit_scale`. The state has no
+    projection: load it with `strict=False` into a model that was initialised, or add one.
+
+    Raises ValueError naming any other key that is unexpected or missing, a shape that differs from the config's, and
+    config values that `ViT` cannot represent.
+    """
+    config = _vit_config(hf_config)
+    state: dict[str, Tensor] = {}
+    for key, tensor in state_dict.items():
+        name = key.removeprefix(PREFIX)
+        if key in _IGNORED_KEYS or key.startswith("text_model.") or name == "embeddings.position_ids":
+            continue
+        if name in state:
+            raise ValueError(f"key {name!r} is there twice, with the prefix {PREFIX!r} and without")
+        state[name] = tensor
+    _check_against_model(state, config)
+    return config, state
+
+
+def _vit_config(hf_config: Mapping[str, Any]) -> ViTConfig:
+    """Read a `CLIPVisionConfig`, or the `vision_config` inside a `CLIPConfig`."""
+    model_type = hf_config.get("model_type")
+    if model_type not in ("clip", "clip_vision_model"):
+        raise ValueError(
+            f"model_type {model_type!r} in the config; only 'clip' and 'clip_vision_model' can be converted"
+        )
+    values = dict(_CLIP_VISION_DEFAULTS)
+    values.update(hf_config.get("vision_config") or {} if model_type == "clip" else hf_config)
+    if values["num_channels"] != 3:
+        raise ValueError(f"num_channels {values['num_channels']} in the config; ViT takes 3")
+    return ViTConfig(
+        image_size=values["image_size"],
+        patch_size=values["patch_size"],
+        width=values["hidden_size"],
+        depth=values["num_hidden_layers"],
+        heads=values["num_attention_heads"],
+        mlp_width=values["intermediate_size"],
+        embed_dim=hf_config.get("projection_dim", values["projection_dim"]),
+        activation=values["hidden_act"],
+        norm_eps=values["layer_norm_eps"],
+    )
+
+
+def _check_against_model(state: Mapping[str, Tensor], config: ViTConfig) -> None:
+    """Raise ValueError unless the state has exactly the keys and shapes of a `ViT` without its projection."""
+    with torch.device("meta"):
+        expected = {
+            name: tensor.shape for name, tensor in ViT(config).state_dict().items() if not name.startswith(PROJECTION)
+        }
+    unexpected, missing = sorted(state.keys() - expected.keys()), sorted(expected.keys() - state.keys())
+    if unexpected or missing:
+        raise ValueError(f"not the keys of this CLIP vision model: unexpected {unexpected}, missing {missing}")
+    for name, shape in expected.items():
+        if state[name].shape != shape:
+            raise ValueError(f"{name} has shape {tuple(state[name].shape)}; the config makes it {tuple(shape)}")

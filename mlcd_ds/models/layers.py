@@ -1,0 +1,201 @@
+"""Layers of CLIP's vision transformer, with parameter names as Hugging Face stores them.
+
+No layer draws a random number when it is built: `init_weights` does, from the generator that it is given.
+
+Shapes: B images, C colour channels (3), N patches, T = N + 1 tokens, D width, H heads, K head dim.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Activation = Literal["quick_gelu", "gelu"]
+
+
+def fill_nan(module: nn.Module) -> None:
+    """Fill every floating-point parameter with NaN, so that one which is never initialised cannot pass unseen."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(math.nan)
+
+
+def normal_init(parameter: Tensor, std: float, generator: torch.Generator) -> None:
+    """Draw the parameter from N(0, std^2), in fp32 on the generator's device: the values depend on the generator only,
+    not on where the parameter lies."""
+    values = torch.empty(parameter.shape, dtype=torch.float32, device=generator.device)
+    with torch.no_grad():
+        parameter.copy_(values.normal_(0.0, std, generator=generator))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's approximation of GELU: x * sigmoid(1.702 x)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """Apply the named activation."""
+    return quick_gelu(x) if activation == "quick_gelu" else F.gelu(x)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that leaves its parameters alone until `init_weights`."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing: torch's default would draw from the global random state."""
+
+    def init_weights(self, std: float, generator: torch.Generator) -> None:
+        """Weights from N(0, std^2), bias 0."""
+        normal_init(self.weight, std, generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class PatchEmbedding(nn.Module):
+    """Non-overlapping patches to tokens as one matmul, equal to a p x p convolution of stride p without bias."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.weight = nn.Parameter(torch.empty(width, 3, patch_size, patch_size))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Normal, with the variance 1 / (3 * fan_in) of the default convolution that OpenAI's CLIP uses here."""
+        normal_init(self.weight, (3 * self.weight[0].numel()) ** -0.5, generator)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Return the patch tokens [B, N, D], row by row."""
+        batch, channels, height, _ = images_BCHW.shape
+        p, grid = self.patch_size, height // self.patch_size
+        grid_images = images_BCHW.to(self.weight.dtype).reshape(batch, channels, grid, p, grid, p)
+        pixels = grid_images.permute(0, 2, 4, 1, 3, 5).reshape(batch, grid * grid, channels * p * p)
+        return F.linear(pixels, self.weight.flatten(1))
+
+
+class PositionEmbedding(nn.Module):
+    """One learned vector a token position, added to the tokens."""
+
+    def __init__(self, num_tokens: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_tokens, width))
+
+    def forward(self, tokens_BTD: Tensor) -> Tensor:
+        """Return tokens plus positions, [B, T, D]."""
+        return tokens_BTD + self.weight
+
+
+class Embeddings(nn.Module):
+    """Images to tokens: patches, a class token in front, learned positions."""
+
+    def __init__(self, patch_size: int, num_patches: int, width: int) -> None:
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.patch_embedding = PatchEmbedding(patch_size, width)
+        self.position_embedding = PositionEmbedding(num_patches + 1, width)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Class token and positions from N(0, 1 / width)."""
+        std = self.class_embedding.numel() ** -0.5
+        normal_init(self.class_embedding, std, generator)
+        self.patch_embedding.init_weights(generator)
+        normal_init(self.position_embedding.weight, std, generator)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Return tokens [B, T, D], the class token first."""
+        patches_BND = self.patch_embedding(images_BCHW)
+        class_B1D = self.class_embedding.to(patches_BND.dtype).expand(patches_BND.shape[0], 1, -1)
+        return self.position_embedding(torch.cat([class_B1D, patches_BND], dim=1))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with separate query, key and value projections."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
+
+    def init_weights(self, depth: int, generator: torch.Generator) -> None:
+        """q, k, v from N(0, 1 / width); out from N(0, 1 / (2 * depth * width)), as it adds to the residual stream."""
+        width = self.q_proj.in_features
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            projection.init_weights(width**-0.5, generator)
+        self.out_proj.init_weights((2 * depth * width) ** -0.5, generator)
+
+    def forward(self, tokens_BTD: Tensor) -> Tensor:
+        """Return the attended tokens [B, T, D]; softmax(q k^T / sqrt(K)) v in each head."""
+        q_BHTK, k_BHTK, v_BHTK = (
+            projection(tokens_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK)
+        return self.out_proj(mixed_BHTK.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between."""
+
+    def __init__(self, width: int, mlp_width: int, activation: Activation) -> None:
+        super().__init__()
+        self.activation: Activation = activation
+        self.fc1 = Linear(width, mlp_width)
+        self.fc2 = Linear(mlp_width, width)
+
+    def init_weights(self, depth: int, generator: torch.Generator) -> None:
+        """fc1 from N(0, 1 / (2 * width)); fc2 from N(0, 1 / (2 * depth * width))."""
+        width = self.fc1.in_features
+        self.fc1.init_weights((2 * width) ** -0.5, generator)
+        self.fc2.init_weights((2 * depth * width) ** -0.5, generator)
+
+    def forward(self, tokens_BTD: Tensor) -> Tensor:
+        """Return the transformed tokens [B, T, D]."""
+        return self.fc2(activate(self.fc1(tokens_BTD), self.activation))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, activation: Activation, norm_eps: float) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.self_attn = Attention(width, heads)
+        self.layer_norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = Mlp(width, mlp_width, activation)
+
+    def init_weights(self, depth: int, generator: torch.Generator) -> None:
+        """Norms to the identity, the rest by CLIP's scheme for a stack of `depth` blocks."""
+        self.layer_norm1.reset_parameters()
+        self.self_attn.init_weights(depth, generator)
+        self.layer_norm2.reset_parameters()
+        self.mlp.init_weights(depth, generator)
+
+    def forward(self, tokens_BTD: Tensor) -> Tensor:
+        """Return the tokens after the block, [B, T, D]."""
+        tokens_BTD = tokens_BTD + self.self_attn(self.layer_norm1(tokens_BTD))
+        return tokens_BTD + self.mlp(self.layer_norm2(tokens_BTD))
+
+
+class Encoder(nn.Module):
+    """A stack of blocks."""
+
+    def __init__(
+        self, depth: int, width: int, heads: int, mlp_width: int, activation: Activation, norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(width, heads, mlp_width, activation, norm_eps) for _ in range(depth))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Initialise every block."""
+        for block in self.layers:
+            block.init_weights(len(self.layers), generator)
+
+    def forward(self, tokens_BTD: Tensor) -> Tensor:
+        """Return the tokens after the last block, [B, T, D]."""
+        for block in self.layers:
+            tokens_BTD = block(tokens_BTD)
+        return tokens_BTD

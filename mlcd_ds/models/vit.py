@@ -1,0 +1,129 @@
+"""CLIP's vision transformer, parameter for parameter Hugging Face's `CLIPVisionModel`, and the loss's projection.
+
+Shapes: B images, C colour channels (3), N patches, T = N + 1 tokens, D width, E embedding.
+"""
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from mlcd_ds.models.layers import Activation, Embeddings, Encoder, Linear, fill_nan
+
+
+class ViTConfig(BaseModel):
+    """Shape of a `ViT`. ViT-B/32 at 224: width 768, depth 12, heads 12, mlp_width 3072, 87,456,000 parameters
+    without the projection."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_size: int = Field(ge=1, le=4096, description="height and width of the input images, pixels")
+    patch_size: int = Field(ge=1, le=256, description="height and width of a patch, pixels")
+    width: int = Field(ge=1, le=16384, description="channels of a token")
+    depth: int = Field(ge=1, le=256, description="number of transformer blocks")
+    heads: int = Field(ge=1, le=256, description="attention heads a block")
+    mlp_width: int = Field(ge=1, le=65536, description="hidden channels of a block's MLP")
+    embed_dim: int = Field(ge=1, le=16384, description="channels of the projected embedding that the loss sees")
+    activation: Activation = Field("quick_gelu", description="the MLP's activation; OpenAI's CLIP has quick_gelu")
+    norm_eps: float = Field(1e-5, gt=0.0, le=1e-2, description="epsilon of every layer norm")
+
+    @model_validator(mode="after")
+    def _check_divisions(self) -> "ViTConfig":
+        if self.image_size % self.patch_size:
+            nearest = max(1, round(self.image_size / self.patch_size)) * self.patch_size
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}: "
+                f"set image_size to {nearest}, or a patch_size that divides {self.image_size}"
+            )
+        if self.width % self.heads:
+            raise ValueError(
+                f"width {self.width} is not a multiple of heads {self.heads}: "
+                f"set heads to a divisor of {self.width}, or width to {(self.width // self.heads + 1) * self.heads}"
+            )
+        return self
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image; there is one token more."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.heads
+
+
+class ViT(nn.Module):
+    """Vision transformer with a linear projection to the embedding that the loss sees.
+
+    Parameters hold NaN until `init_weights` or `load_state_dict`. To build without memory:
+    `with torch.device("meta"): model = ViT(config)`, then `model.to_empty(device=...)` and `model.init_weights(...)`.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config.patch_size, config.num_patches, config.width)
+        self.pre_layrnorm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.encoder = Encoder(
+            config.depth, config.width, config.heads, config.mlp_width, config.activation, config.norm_eps
+        )
+        self.post_layernorm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.projection = Linear(config.width, config.embed_dim, bias=False)
+        fill_nan(self)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Set every parameter by OpenAI CLIP's scheme, with random numbers from the generator only.
+
+        The same generator state gives the same weights on every device. Raises ValueError on meta tensors.
+        """
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise ValueError("init_weights on meta tensors: call model.to_empty(device=...) first")
+        fill_nan(self)  # again, as to_empty leaves whatever the memory held
+        self.embeddings.init_weights(generator)
+        self.pre_layrnorm.reset_parameters()
+        self.encoder.init_weights(generator)
+        self.post_layernorm.reset_parameters()
+        self.projection.init_weights(self.config.width**-0.5, generator)
+        forgotten = nan_parameters(self)
+        assert not forgotten, f"init_weights did not set {forgotten}"
+
+    def forward_tokens(self, images_BCHW: Tensor) -> Tensor:
+        """Return the tokens after the last block, before `post_layernorm`: [B, T, D], the class token first.
+
+        Raises ValueError where the images are not [B, 3, image_size, image_size].
+        """
+        size = self.config.image_size
+        if images_BCHW.shape[1:] != (3, size, size):
+            raise ValueError(f"images of shape {tuple(images_BCHW.shape)}; the model takes [B, 3, {size}, {size}]")
+        return self.encoder(self.pre_layrnorm(self.embeddings(images_BCHW)))
+
+    def forward_features(self, images_BCHW: Tensor) -> Tensor:
+        """Return the features for transfer, [B, D]: `post_layernorm` of the class token, before the projection."""
+        return self.post_layernorm(self.forward_tokens(images_BCHW)[:, 0])
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Return the embeddings for the loss, [B, E]: projected, not normalised."""
+        return self.projection(self.forward_features(images_BCHW))
+
+
+def nan_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters with a NaN in them: never initialised, or diverged."""
+    return [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Number of parameters (scalars); a shared one counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops_per_image(config: ViTConfig) -> int:
+    """Floating-point operations of one image's forward pass, a multiply-add counting 2.
+
+    Matmuls only: norms, softmax, activations and biases are left out. A backward pass costs about twice as much.
+    """
+    width, tokens = config.width, config.num_patches + 1
+    patches = 2 * config.num_patches * 3 * config.patch_size**2 * width
+    projections = 4 * 2 * tokens * width * width
+    attention = 2 * 2 * tokens * tokens * width
+    mlp = 2 * 2 * tokens * width * config.mlp_width
+    return patches + config.depth * (projections + attention + mlp) + 2 * width * config.embed_dim
