@@ -1,0 +1,34 @@
+"""`mlcd STAGE ...`: one command for all stages, each the same as `python -m mlcd_ds.STAGE ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+STAGES = {
+    "index": "find the usable images of WebDataset shards",
+    "embed": "embed the images with a frozen encoder",
+    "cluster": "spherical k-means over the embeddings",
+    "assign": "label every image with its nearest centres",
+    "train": "train a backbone on the labels (with the deepspeed launcher for many ranks)",
+    "evaluate": "kNN and linear probe of a backbone",
+    "export": "write the backbone as a Hugging Face folder",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one stage; returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = [f"  {name:10}{text}" for name, text in STAGES.items()]
+        sys.stdout.write("usage: mlcd STAGE [options]\n\nStages, in order (mlcd STAGE --help explains each):\n")
+        sys.stdout.write("\n".join(lines) + "\n")
+        return 0 if argv else 2
+    if argv[0] not in STAGES:
+        sys.stderr.write(f"mlcd: no stage {argv[0]!r}; there are {', '.join(STAGES)}\n")
+        return 2
+    return importlib.import_module(f"mlcd_ds.{argv[0]}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

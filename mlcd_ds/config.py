@@ -1,0 +1,171 @@
+"""Recipes: named training runs in YAML, read into one typed model. `mlcd_ds/recipes/*.yaml` holds the ones we ship.
+
+A recipe says what is learned; `ds_configs/*.json` says how DeepSpeed goes about it. Each component's own settings stand
+beside the component.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from mlcd_ds.data.loader import AugmentConfig
+from mlcd_ds.errors import UserError
+from mlcd_ds.heads.partial_fc import HeadConfig
+from mlcd_ds.manifest import Frozen, first_problem
+from mlcd_ds.models.vit import ViTConfig
+from mlcd_ds.objectives.mlcd import MLCDConfig
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+
+
+class DataConfig(Frozen):
+    """Where images and labels come from, and in which order."""
+
+    index: Path | None = Field(None, description="folder of `mlcd index`")
+    labels: Path | None = Field(None, description="folder of `mlcd assign`")
+    augment: AugmentConfig = AugmentConfig()
+    num_streams: int = Field(4, ge=1, description="equal parts of the global batch; ranks must divide it")
+    shuffle_window: int = Field(8192, ge=1, description="samples of a stream that are shuffled among each other")
+    num_threads: int = Field(2, ge=1, description="decoding threads of a rank")
+
+
+class OptimizerConfig(Frozen):
+    """AdamW for backbone and head, with one schedule."""
+
+    lr: float = Field(gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.2, ge=0, description="on matrices only (paper: 0.2)")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay rates (not published)")
+    eps: float = Field(1e-6, gt=0, description="AdamW's epsilon (not published)")
+    warmup_steps: int = Field(2000, ge=0, description="linear warm-up (paper: 2,000)")
+    final_lr: float = Field(0.0, ge=0, le=1, description="part of lr at the end of the cosine (not published)")
+    clip_norm: float = Field(5.0, gt=0, description="largest gradient norm of the backbone (team code: 5)")
+    head_clip_norm: float = Field(5.0, gt=0, description="largest gradient norm of the head, all shards (team code: 5)")
+    head_lr_scale: float = Field(1.0, gt=0, description="factor on lr for the head")
+
+
+class TrainConfig(Frozen):
+    """Length, batch, precision and book-keeping of a run."""
+
+    out: Path = Field(Path("runs/train"), description="folder of the run")
+    steps: int = Field(ge=1, description="optimizer steps")
+    global_batch: int = Field(ge=1, description="images a step, over all ranks")
+    micro_batch_per_rank: int | None = Field(
+        None, ge=1, description="images a forward pass and rank; null: all at once"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="of the backbone")
+    seed: int = Field(0, ge=0, lt=2**31, description="of weights, order, crops and sampled classes")
+    checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that stay on disk")
+    log_every: int = Field(10, ge=1, description="steps between log entries; the host waits for the device then")
+
+
+class Recipe(Frozen):
+    """A whole run."""
+
+    description: str = Field(min_length=1, description="what the run is, and what is to be expected of it")
+    model: ViTConfig
+    data: DataConfig = DataConfig()
+    objective: MLCDConfig = MLCDConfig()
+    head: HeadConfig = HeadConfig()
+    optimizer: OptimizerConfig
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.train.global_batch % self.data.num_streams:
+            raise ValueError(
+                f"train.global_batch {self.train.global_batch} is not a multiple of data.num_streams "
+                f"{self.data.num_streams}: change one of them"
+            )
+        if self.optimizer.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is not below train.steps {self.train.steps}: "
+                f"lower it (optimizer.warmup_steps={self.train.steps // 10})"
+            )
+        return self
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """A recipe by name or YAML file, with `key=value` overrides. Raises UserError naming file, key and fix."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.exists():
+        raise UserError(f"--recipe {name!r}: no such file, and not one of {', '.join(recipe_names())}.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a mapping with the keys {', '.join(Recipe.model_fields)}.")
+    for override in overrides:
+        apply_override(content, override)
+    return parse_recipe(content, str(path))
+
+
+def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
+    """Validate a recipe's mapping; `where` names its origin in messages."""
+    try:
+        return Recipe(**content)
+    except ValidationError as error:
+        hint = ""
+        problem = error.errors()[0]
+        if problem["type"] == "extra_forbidden":
+            hint = unknown_key_hint(problem["loc"])
+        raise UserError(f"{where}: {first_problem(error)}.{hint}") from None
+
+
+def unknown_key_hint(location: tuple[int | str, ...]) -> str:
+    """Name the known keys nearest to an unknown one."""
+    model: Any = Recipe
+    for part in location[:-1]:
+        model = model.model_fields[part].annotation
+    near = difflib.get_close_matches(str(location[-1]), model.model_fields, n=3)
+    return f" Did you mean {' or '.join(near)}?" if near else f" Known keys: {', '.join(model.model_fields)}."
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set `a.b=value` (a YAML value) in a recipe's mapping; whether the key exists is checked with the rest."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r}: overrides are written key=value, such as train.steps=100.")
+    *parents, last = key.split(".")
+    place = content
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise UserError(f"{override!r}: {parent} is a value and has no keys below it.")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: {text!r} is not a YAML value.") from None
+    if isinstance(place[last], str) and not isinstance(text, dict):
+        try:  # YAML 1.1 takes 1e-3 for a word
+            place[last] = float(text)
+        except ValueError:
+            pass
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML that `load_recipe` reads back."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def changed_keys(old: Recipe, new: Recipe) -> list[str]:
+    """Dotted keys in which two recipes differ."""
+
+    def flat(value: Any, prefix: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}.{key}".lstrip(".")).items()}
+
+    before, after = flat(old.model_dump(mode="json"), ""), flat(new.model_dump(mode="json"), "")
+    return [key for key in {**before, **after} if before.get(key) != after.get(key)]

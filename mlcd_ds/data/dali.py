@@ -1,0 +1,169 @@
+"""DALI: the one graph that decodes images, on CPU and on GPU, for every stage. The only file that imports DALI.
+
+The graph has no state and no random numbers: encoded images, crop boxes and flips come in, pixels go out. What is read
+and how it is cropped is decided outside (order.py, crops.py), so runs resume bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlcd_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """What a model eats: square side in pixels, and mean and deviation on the 0-255 scale, per RGB channel."""
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+CLIP_MEAN = (0.48145466 * 255, 0.4578275 * 255, 0.40821073 * 255)
+CLIP_STD = (0.26862954 * 255, 0.26130258 * 255, 0.27577711 * 255)
+
+
+def clip_pixels(image_size: int) -> PixelFormat:
+    """CLIP's normalisation, which our backbones share."""
+    return PixelFormat(image_size, CLIP_MEAN, CLIP_STD)
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Encoded images [B] (JPEG, PNG, WebP bytes), crop boxes [B, 4] (top, left, height, width), flips [B]."""
+
+    images: list[bytes]
+    boxes_B4: np.ndarray
+    flips_B: np.ndarray
+
+
+def _import_dali():
+    try:
+        import nvidia.dali
+    except ImportError:
+        raise UserError('DALI is not installed: pip install "mlcd_ds[cpu]" (or [gpu]).') from None
+    return nvidia.dali
+
+
+class ImageDecoder:
+    """Decode, crop, resize (bicubic with antialiasing), flip and normalise batches of a fixed size.
+
+    Asynchronous: `push` queues a batch, `pop` returns the images of the oldest, so that decoding overlaps compute.
+    Errors of a broken image surface in `pop` as UserError; the decoder is unusable afterwards.
+    """
+
+    def __init__(self, batch_size: int, pixels: PixelFormat, device: torch.device, num_threads: int) -> None:
+        _import_dali()
+        from nvidia.dali import fn, pipeline_def, types
+
+        is_gpu = device.type == "cuda"
+        place = "gpu" if is_gpu else "cpu"
+
+        @pipeline_def
+        def graph():
+            encoded = fn.external_source(name="encoded", no_copy=False)
+            start = fn.external_source(name="start", ndim=1, dtype=types.INT32)
+            shape = fn.external_source(name="shape", ndim=1, dtype=types.INT32)
+            flip = fn.external_source(name="flip", ndim=0, dtype=types.INT32)
+            images = fn.decoders.image(encoded, device="mixed" if is_gpu else "cpu", output_type=types.RGB)
+            images = fn.slice(images, start=start, shape=shape, axes=[0, 1], device=place)
+            images = fn.resize(
+                images,
+                resize_x=pixels.image_size,
+                resize_y=pixels.image_size,
+                interp_type=types.INTERP_CUBIC,
+                antialias=True,
+                device=place,
+            )
+            return fn.crop_mirror_normalize(
+                images,
+                mirror=flip,
+                mean=list(pixels.mean),
+                std=list(pixels.std),
+                dtype=types.FLOAT,
+                output_layout="CHW",
+                device=place,
+            )
+
+        self._pipeline = graph(
+            batch_size=batch_size,
+            num_threads=num_threads,
+            device_id=device.index or 0 if is_gpu else None,
+            prefetch_queue_depth=1,
+            exec_dynamic=True,
+        )
+        self._pipeline.build()
+        self._pixels, self._device = pixels, device
+        self._sizes: deque[int] = deque()
+
+    def push(self, batch: EncodedBatch) -> None:
+        """Queue a batch (at most the decoder's batch size) and start decoding it."""
+        feed = self._pipeline.feed_input
+        feed("encoded", [np.frombuffer(image, dtype=np.uint8) for image in batch.images])
+        feed("start", np.ascontiguousarray(batch.boxes_B4[:, :2]))
+        feed("shape", np.ascontiguousarray(batch.boxes_B4[:, 2:]))
+        feed("flip", np.ascontiguousarray(batch.flips_B))
+        self._pipeline.schedule_run()
+        self._sizes.append(len(batch.images))
+
+    def pop(self) -> Tensor:
+        """Images [B, 3, S, S] fp32 of the oldest queued batch, on the device."""
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        side = self._pixels.image_size
+        images_B3SS = torch.empty((self._sizes.popleft(), 3, side, side), device=self._device)
+        try:
+            (output,) = self._pipeline.share_outputs()
+        except RuntimeError as error:
+            raise UserError(
+                f"DALI could not decode an image that the index holds: {first_line(error)}. "
+                "Run `mlcd index --overwrite` on the shards: it leaves out what DALI cannot decode."
+            ) from None
+        stream = torch.cuda.current_stream() if self._device.type == "cuda" else None
+        feed_ndarray(output.as_tensor(), images_B3SS, cuda_stream=stream)
+        self._pipeline.release_outputs()
+        return images_B3SS
+
+
+def first_line(error: Exception) -> str:
+    """The line of a DALI error that says what was wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith(("Error", "encoded", "Failed", "[", "Assert"))]
+    return (told or lines or ["no message"])[-1][:200]
+
+
+def decoded_sizes(images: Sequence[bytes], num_threads: int) -> list[tuple[int, int] | None]:
+    """Height and width of each image as DALI decodes it (on the CPU, EXIF orientation applied), None where it fails.
+
+    A batch with a broken image fails as a whole; its images are then tried in halves.
+    """
+    _import_dali()
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def
+    def graph():
+        return fn.decoders.image(fn.external_source(name="encoded"), device="cpu", output_type=types.RGB)
+
+    def decode(part: Sequence[bytes]) -> list[tuple[int, int] | None]:
+        if not part:
+            return []
+        pipeline = graph(batch_size=len(part), num_threads=num_threads, device_id=None, prefetch_queue_depth=1)
+        pipeline.build()
+        try:
+            pipeline.feed_input("encoded", [np.frombuffer(image, dtype=np.uint8) for image in part])
+            (output,) = pipeline.run()
+        except RuntimeError:
+            if len(part) == 1:
+                return [None]
+            middle = len(part) // 2
+            return decode(part[:middle]) + decode(part[middle:])
+        return [tuple(shape[:2]) for shape in output.shape()]
+
+    return decode(images)

@@ -1,0 +1,159 @@
+"""Batches of images for training and evaluation: the order of samples, the tars, the labels and DALI, joined.
+
+B images on this rank, P labels an image.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mlcd_ds.data.crops import center_boxes, random_boxes
+from mlcd_ds.data.dali import EncodedBatch, ImageDecoder, PixelFormat
+from mlcd_ds.data.label_store import LabelStore
+from mlcd_ds.data.order import SampleOrder
+from mlcd_ds.data.shard_index import ShardIndex, ShardReader
+from mlcd_ds.manifest import Frozen
+
+
+class AugmentConfig(Frozen):
+    """Random-resized crop and flip. The defaults are those of the team's public code; the paper does not say."""
+
+    crop_area: tuple[float, float] = Field((0.7, 1.0), description="smallest and largest part of the image kept")
+    crop_aspect: tuple[float, float] = Field((0.8, 1.25), description="narrowest and widest aspect ratio of the crop")
+    flip: bool = Field(True, description="mirror half of the images")
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """A micro-batch on the device: images fp32 [B, 3, S, S], centres int64 [B, P]."""
+
+    images_B3SS: Tensor
+    labels_BP: Tensor
+
+
+@dataclass(frozen=True)
+class StreamSlice:
+    """Which part of the global batch this rank loads: its streams, and how many samples of each a micro-batch takes."""
+
+    streams: tuple[int, ...]
+    samples_per_stream_step: int  # of one optimizer step
+    num_micro_batches: int
+
+
+class TrainLoader:
+    """Endless micro-batches from a given optimizer step on; `wait_s` adds up the time spent waiting for data."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        labels: LabelStore,
+        order: SampleOrder,
+        part: StreamSlice,
+        pixels: PixelFormat,
+        augment: AugmentConfig,
+        device: torch.device,
+        num_threads: int,
+        prefetch: int = 2,
+    ) -> None:
+        self._index, self._labels, self._order, self._part = index, labels, order, part
+        self._augment, self._device, self._prefetch = augment, device, prefetch
+        self._reader = ShardReader(index)
+        self._take = part.samples_per_stream_step // part.num_micro_batches
+        self._decoder = ImageDecoder(self._take * len(part.streams), pixels, device, num_threads)
+        self.wait_s = 0.0
+
+    def batches(self, first_step: int) -> Iterator[LabelledBatch]:
+        """Micro-batches of steps `first_step`, `first_step + 1`, ... in order.
+
+        Files are read by one background thread, images decoded by DALI's threads, both ahead of the consumer.
+        """
+        micro_batch = first_step * self._part.num_micro_batches
+        read: deque[Future[tuple[EncodedBatch, np.ndarray]]] = deque()
+        decoding: deque[np.ndarray] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="read-shards") as pool:
+            try:
+                while True:
+                    begin = time.perf_counter()
+                    while len(read) < self._prefetch:
+                        read.append(pool.submit(self._read, micro_batch))
+                        micro_batch += 1
+                    while len(decoding) < 2:  # one decodes while the other is consumed
+                        encoded, labels = read.popleft().result()
+                        self._decoder.push(encoded)
+                        decoding.append(labels)
+                        read.append(pool.submit(self._read, micro_batch))
+                        micro_batch += 1
+                    images = self._decoder.pop()
+                    labels_BP = torch.from_numpy(decoding.popleft()).to(self._device, non_blocking=True)
+                    self.wait_s += time.perf_counter() - begin
+                    yield LabelledBatch(images, labels_BP)
+            finally:
+                for future in read:
+                    future.cancel()
+
+    def _read(self, micro_batch: int) -> tuple[EncodedBatch, np.ndarray]:
+        """Bytes, boxes and labels of this rank's part of a micro-batch."""
+        start = micro_batch * self._take
+        parts = [self._order.global_ids(stream, start, self._take) for stream in self._part.streams]
+        ids, epochs = (np.concatenate(column) for column in zip(*parts, strict=True))
+        shards, rows = self._order.locate(ids)
+        samples = [self._index.samples(int(shard)) for shard in shards]
+        images = [self._reader.read(int(s), t.image, int(r)) for s, t, r in zip(shards, samples, rows, strict=True)]
+        sizes = np.stack([table.sizes_N2[row] for table, row in zip(samples, rows, strict=True)])
+        labels = np.stack([self._labels.shard(int(s))[r] for s, r in zip(shards, rows, strict=True)]).astype(np.int64)
+        boxes, flips = np.empty((len(ids), 4), np.int32), np.zeros(len(ids), np.int32)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            boxes[chosen], flips[chosen] = random_boxes(
+                sizes[chosen],
+                ids[chosen],
+                int(epoch),
+                self._order.seed,
+                self._augment.crop_area,
+                self._augment.crop_aspect,
+            )
+        return EncodedBatch(images, boxes, flips if self._augment.flip else np.zeros_like(flips)), labels
+
+    def close(self) -> None:
+        """Close the tars."""
+        self._reader.close()
+
+
+def shard_images(
+    index: ShardIndex,
+    shard: int,
+    pixels: PixelFormat,
+    device: torch.device,
+    batch_size: int,
+    num_threads: int,
+    crop_ratio: float = 1.0,
+    decoder: ImageDecoder | None = None,
+) -> Iterator[Tensor]:
+    """All images of one shard in index order, centre-cropped, in batches [<= batch_size, 3, S, S]."""
+    samples = index.samples(shard)
+    reader = ShardReader(index)
+    decoder = decoder or ImageDecoder(batch_size, pixels, device, num_threads)
+    boxes = center_boxes(samples.sizes_N2, crop_ratio)
+    queued = 0
+    try:
+        for begin in range(0, len(samples.keys), batch_size):
+            rows = range(begin, min(begin + batch_size, len(samples.keys)))
+            encoded = [reader.read(shard, samples.image, row) for row in rows]
+            decoder.push(EncodedBatch(encoded, boxes[rows.start : rows.stop], np.zeros(len(rows), np.int32)))
+            queued += 1
+            if queued == 2:
+                yield decoder.pop()
+                queued -= 1
+        for _ in range(queued):
+            yield decoder.pop()
+    finally:
+        reader.close()

@@ -1,0 +1,158 @@
+"""The index of a set of WebDataset shards: which samples there are, and where their members lie in the tars.
+
+`mlcd index` writes, per shard, a DALI index (`NAME.idx`, version 1.2: one line a sample, `ext offset bytes name` for
+each member) and the pixel sizes of the images (`NAME.sizes.npy`). Samples that cannot be used are in neither. The row
+of a sample in these files is its identity: embeddings and labels are stored in the same order.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlcd_ds.errors import UserError
+from mlcd_ds.manifest import Frozen, Manifest, check_file, read_manifest
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IDX_VERSION = "v1.2"
+
+
+class ShardEntry(Frozen):
+    """One tar: `name` is unique in the set and names its files in every stage's folder; `path` is where it lies."""
+
+    name: str
+    path: Path
+    bytes: int
+    num_images: int
+
+
+class IndexManifest(Manifest):
+    """Manifest of `mlcd index`. `dropped` counts the samples left out, per reason."""
+
+    shards: list[ShardEntry]
+    num_images: int
+    num_captions: int
+    dropped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Byte ranges of one kind of member, a row a sample: offset in the tar, size; offset -1 where there is none."""
+
+    offset_N: np.ndarray
+    bytes_N: np.ndarray
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file inside a tar."""
+
+    extension: str
+    offset: int
+    bytes: int
+    name: str
+
+
+def format_idx(samples: list[list[Member]]) -> bytes:
+    """DALI's index of a shard's samples."""
+    lines = [f"{IDX_VERSION} {len(samples)}"]
+    lines += [" ".join(f"{m.extension} {m.offset} {m.bytes} {m.name}" for m in sample) for sample in samples]
+    return ("\n".join(lines) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class ShardSamples:
+    """The samples of one shard, in index order. `sizes_N2` holds height and width in pixels."""
+
+    keys: list[str]
+    image: Span
+    caption: Span
+    metadata: Span
+    sizes_N2: np.ndarray
+
+
+def parse_idx(path: Path) -> tuple[list[str], Span, Span, Span]:
+    """Read a `.idx`: keys and the spans of images, captions (.txt) and metadata (.json)."""
+    lines = path.read_text().splitlines()
+    keys: list[str] = []
+    rows = np.full((3, len(lines) - 1, 2), -1, dtype=np.int64)
+    for row, line in enumerate(lines[1:]):
+        words = line.split(" ")
+        for extension, offset, size in zip(words[0::4], words[1::4], words[2::4], strict=True):
+            which = 0 if extension in IMAGE_EXTENSIONS else {"txt": 1, "json": 2}.get(extension)
+            if which is not None:
+                rows[which, row] = int(offset), int(size)
+        keys.append(words[3][: words[3].rfind(".")])
+    image, caption, metadata = (Span(r[:, 0], r[:, 1]) for r in rows)
+    return keys, image, caption, metadata
+
+
+class ShardIndex:
+    """An indexed shard set. Sample tables are read shard by shard, when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder, IndexManifest, "index")
+        self.shards = self.manifest.shards
+        self.num_images = self.manifest.num_images
+        self.counts = np.array([shard.num_images for shard in self.shards], dtype=np.int64)
+        self.samples = functools.lru_cache(maxsize=64)(self._read_samples)
+
+    def _read_samples(self, shard: int) -> ShardSamples:
+        entry, files = self.shards[shard], self.manifest.files
+        idx_name, sizes_name = f"{entry.name}.idx", f"{entry.name}.sizes.npy"
+        idx_path = check_file(self.folder, idx_name, files[idx_name], "index")
+        sizes_N2 = np.load(check_file(self.folder, sizes_name, files[sizes_name], "index"), allow_pickle=False)
+        return ShardSamples(*parse_idx(idx_path), sizes_N2)
+
+    def check_shards(self) -> None:
+        """Compare every tar's size with the index; UserError names the first that is missing or was changed."""
+        for entry in self.shards:
+            if not entry.path.exists():
+                raise UserError(
+                    f"{entry.path} is missing, though {self.folder} indexes it. Put it back or index again."
+                )
+            if entry.path.stat().st_size != entry.bytes:
+                raise UserError(
+                    f"{entry.path} has {entry.path.stat().st_size} bytes, {self.folder} indexed {entry.bytes}: it was "
+                    f"changed since. Run `mlcd index --overwrite --out {self.folder}` and the stages after it."
+                )
+
+
+class ShardReader:
+    """Reads members of the tars by offset; keeps `max_open` tars open. Not shared between threads."""
+
+    def __init__(self, index: ShardIndex, max_open: int = 64) -> None:
+        self._index = index
+        self._max_open = max_open
+        self._open: dict[int, int] = {}
+
+    def read(self, shard: int, span: Span, row: int) -> bytes:
+        """Bytes of one member; empty when the sample has none."""
+        offset, size = int(span.offset_N[row]), int(span.bytes_N[row])
+        if offset < 0:
+            return b""
+        content = os.pread(self._descriptor(shard), size, offset)
+        if len(content) != size:
+            raise UserError(
+                f"{self._index.shards[shard].path}: {len(content)} of {size} bytes could be read at offset {offset}: "
+                f"the shard was changed after it was indexed. Index it again."
+            )
+        return content
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._open:
+            if len(self._open) >= self._max_open:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[shard] = os.open(self._index.shards[shard].path, os.O_RDONLY)
+        return self._open[shard]
+
+    def close(self) -> None:
+        """Close all tars."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()

@@ -1,0 +1,74 @@
+"""Collectives over a group of ranks, on whole tensors, with shapes in their names.
+
+B rows on this rank, G = R * B rows of all ranks, in rank order; R ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+# torch 2.13 renamed both; the old names warn there.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that communicate. None of the calls carries a gradient: callers derive theirs and say so."""
+
+    process_group: dist.ProcessGroup
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.process_group)
+
+    @property
+    def size(self) -> int:
+        return dist.get_world_size(self.process_group)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_gather(self, rows_B: Tensor) -> Tensor:
+        """[B, ...] on each rank -> [G, ...] on every rank. B is the same everywhere. One all-gather."""
+        rows_G = rows_B.new_empty((self.size * rows_B.shape[0], *rows_B.shape[1:]))
+        _all_gather(rows_G, rows_B.contiguous(), group=self.process_group)
+        return rows_G
+
+    def reduce_scatter_sum(self, rows_G: Tensor) -> Tensor:
+        """[G, ...] on each rank -> this rank's [B, ...] of the sum over ranks. One reduce-scatter."""
+        rows_B = rows_G.new_empty((rows_G.shape[0] // self.size, *rows_G.shape[1:]))
+        _reduce_scatter(rows_B, rows_G.contiguous(), group=self.process_group)
+        return rows_B
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in place; returns its argument. One all-reduce."""
+        dist.all_reduce(values, group=self.process_group)
+        return values
+
+    def all_reduce_max(self, values: Tensor) -> Tensor:
+        """Maximum over ranks, in place; returns its argument. One all-reduce."""
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.process_group)
+        return values
+
+    def broadcast(self, values: Tensor) -> Tensor:
+        """Rank 0's values to all, in place; returns its argument. One broadcast."""
+        dist.broadcast(values, src=dist.get_global_rank(self.process_group, 0), group=self.process_group)
+        return values
+
+    def gather_objects(self, item: T) -> list[T]:
+        """Small Python objects of all ranks, in rank order, on every rank. Not for a training step."""
+        items: list[T | None] = [None] * self.size
+        dist.all_gather_object(items, item, group=self.process_group)
+        return items  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.all_reduce_sum(torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,138 @@
+"""DeepSpeed: its JSON checked and filled from the recipe, and the only `deepspeed.initialize`.
+
+DeepSpeed accepts unknown top-level keys in silence (`zero_optimisation` runs at stage 0), so they are checked here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlcd_ds.errors import UserError
+
+ENGINE_TAG = "engine"
+# What may stand at the top of a ds_configs file. Optimizer and schedule belong to the recipe.
+KNOWN_KEYS = frozenset(
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping fp16 bf16 "
+    "zero_optimization zero_allow_untested_optimizer communication_data_type prescale_gradients "
+    "gradient_predivide_factor data_types steps_per_print wall_clock_breakdown memory_breakdown comms_logger "
+    "flops_profiler activation_checkpointing checkpoint tensor_parallel compile torch_autocast dump_state "
+    "disable_allgather aio graph_harvesting".split()
+)
+ELSEWHERE = {
+    "optimizer": "the recipe's optimizer section",
+    "scheduler": "the recipe's optimizer section",
+    "tensorboard": "training writes TensorBoard by itself",
+}
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """Read a ds_configs file; UserError names unknown keys and those that belong elsewhere."""
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"--deepspeed_config {path}: no such file (ours are in ds_configs/).") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"--deepspeed_config {path} is not valid JSON: {error}.") from None
+    for key in config:
+        if key in ELSEWHERE:
+            raise UserError(f"{path}: {key!r} is not set here: {ELSEWHERE[key]}.")
+        if key not in KNOWN_KEYS:
+            raise UserError(f"{path}: unknown key {key!r}. Known: {', '.join(sorted(KNOWN_KEYS))}.")
+    return config
+
+
+def fill_ds_config(config: dict[str, Any], path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Put the recipe's `values` (dotted DeepSpeed keys) where the file says "auto" or nothing.
+
+    A value that the file states otherwise is an error that names both. No "auto" may be left.
+    """
+    filled = json.loads(json.dumps(config))
+    for dotted, (value, source) in values.items():
+        *parents, last = dotted.split(".")
+        place = filled
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        stated = place.get(last, "auto")
+        if stated != "auto" and stated != value:
+            raise UserError(f'{path}: {dotted} is {stated}, but {source} makes it {value}. Write "auto" or change one.')
+        place[last] = value
+    _refuse_auto(filled, path, "")
+    return filled
+
+
+def _refuse_auto(value: Any, path: Path, key: str) -> None:
+    if value == "auto":
+        raise UserError(f'{path}: {key} cannot be "auto": nothing in the recipe says what it is.')
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_auto(inner, path, f"{key}.{name}".lstrip("."))
+
+
+def check_zero_section(config: dict[str, Any], path: Path) -> int:
+    """Validate `zero_optimization` by DeepSpeed's own model; returns the stage."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    from mlcd_ds.manifest import first_problem
+
+    section = config.get("zero_optimization", {})
+    try:
+        return int(DeepSpeedZeroConfig(**section).stage)
+    except ValidationError as error:
+        raise UserError(f"{path}: zero_optimization: {first_problem(error)}.") from None
+
+
+def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    """Wrap the backbone. The process group is up already; the head stays outside (see docs/design.md)."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+
+    deepspeed.logger.setLevel(logging.WARNING)
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def save_engine(engine: Any, folder: Path) -> None:
+    """Every rank writes its part of the engine's state below `folder`. Collective."""
+    engine.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
+
+
+def load_engine(engine: Any, folder: Path) -> None:
+    """Restore the engine's state, reading tensors and DeepSpeed's own three plain classes, and no other pickles.
+
+    Collective. The number of ranks must be that of the saving run.
+    """
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    class SafeCheckpointEngine(TorchCheckpointEngine):
+        def load(self, path: str, map_location: Any = None) -> Any:
+            with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+                return torch.load(path, map_location=map_location, weights_only=True)
+
+    engine.checkpoint_engine = SafeCheckpointEngine()
+    path, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG, load_lr_scheduler_states=False)
+    if path is None:  # DeepSpeed would go on with random weights
+        raise UserError(
+            f"{folder}: DeepSpeed finds no state of the engine in it. Remove it to resume from an older one."
+        )
+
+
+def full_fp32_parameters(engine: Any) -> dict[str, torch.Tensor]:
+    """The backbone's fp32 master weights on the CPU, whichever way ZeRO shards them. Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        master = safe_get_full_fp32_param(parameter)  # None when ZeRO does not manage the parameter
+        weights[name] = (parameter if master is None else master).detach().float().cpu().contiguous().clone()
+    return weights

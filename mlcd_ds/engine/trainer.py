@@ -1,0 +1,229 @@
+"""The training loop: build, step, fit.
+
+B images of a micro-batch on this rank, P labels an image, E embedding.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from mlcd_ds.config import Recipe, dump_recipe
+from mlcd_ds.data.dali import clip_pixels
+from mlcd_ds.data.label_store import LabelStore
+from mlcd_ds.data.loader import LabelledBatch, StreamSlice, TrainLoader
+from mlcd_ds.data.order import SampleOrder
+from mlcd_ds.data.shard_index import ShardIndex
+from mlcd_ds.distributed.collectives import Group
+from mlcd_ds.distributed.deepspeed import initialize_engine
+from mlcd_ds.engine.checkpoint import Checkpointer
+from mlcd_ds.engine.metrics import RunLog, log_data_pages, peak_memory_mb
+from mlcd_ds.engine.optimizer import backbone_optimizer, clip_sharded_gradient, head_optimizer, set_learning_rate
+from mlcd_ds.engine.schedule import warmup_cosine
+from mlcd_ds.errors import UserError
+from mlcd_ds.heads.partial_fc import PartialFCHead, attach_gradient
+from mlcd_ds.models.vit import ViT
+from mlcd_ds.objectives.mlcd import MLCDLoss
+
+EXIT_REQUEUE = 85  # "saved, start me again": what slurm/ looks for
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the global batch is shared: streams over ranks, each rank's part over micro-batches."""
+
+    part: StreamSlice
+    micro_batch: int
+
+
+def plan_batches(recipe: Recipe, group: Group) -> BatchPlan:
+    """Share the global batch. Raises UserError naming the numbers that do not divide."""
+    streams, ranks, batch = recipe.data.num_streams, group.size, recipe.train.global_batch
+    if streams % ranks:
+        raise UserError(
+            f"data.num_streams {streams} is not a multiple of the {ranks} ranks: set data.num_streams={ranks} (a new "
+            f"order of samples, so a new run), or start a number of ranks that divides {streams}."
+        )
+    per_rank = batch // ranks
+    micro_batch = recipe.train.micro_batch_per_rank or per_rank
+    per_stream = batch // streams
+    if per_rank % micro_batch or per_stream % (per_rank // micro_batch):
+        raise UserError(
+            f"train.micro_batch_per_rank {micro_batch} must divide the {per_rank} images a rank and leave each of its "
+            f"{streams // ranks} streams ({per_stream} images a step) a whole number of images."
+        )
+    mine = tuple(range(group.rank * streams // ranks, (group.rank + 1) * streams // ranks))
+    return BatchPlan(StreamSlice(mine, per_stream, per_rank // micro_batch), micro_batch)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one optimizer step: means over the global batch, gradient norms before clipping. Tensors, no host sync."""
+
+    loss: Tensor
+    negative_term: Tensor
+    positive_term: Tensor
+    head_grad_norm: Tensor
+    lr: float
+
+
+class Trainer:
+    """Backbone in the DeepSpeed engine, head outside it, data in front, checkpoints behind."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        ds_config: dict[str, Any],
+        index: ShardIndex,
+        labels: LabelStore,
+        group: Group,
+        device: torch.device,
+    ) -> None:
+        self.recipe, self.index, self.labels, self.group, self.device = recipe, index, labels, group, device
+        self.plan = plan_batches(recipe, group)
+        seed = recipe.train.seed
+        backbone = ViT(recipe.model)
+        backbone.init_weights(torch.Generator().manual_seed(seed))
+        self.engine = initialize_engine(backbone.to(device), backbone_optimizer(backbone, recipe.optimizer), ds_config)
+        self.dtype = next(self.engine.module.parameters()).dtype
+        self.head = PartialFCHead(
+            labels.num_centers, recipe.model.embed_dim, recipe.head, MLCDLoss(recipe.objective), group, seed
+        ).to(device)
+        self.head.init_weights()
+        self.head_optimizer = head_optimizer(self.head, recipe.optimizer)
+        self.loader = TrainLoader(
+            index,
+            labels,
+            SampleOrder(index.counts, recipe.data.num_streams, recipe.data.shuffle_window, seed),
+            self.plan.part,
+            clip_pixels(recipe.model.image_size),
+            recipe.data.augment,
+            device,
+            recipe.data.num_threads,
+        )
+        self.checkpointer = Checkpointer(
+            recipe,
+            ds_config["zero_optimization"]["stage"],
+            self.engine,
+            self.head,
+            self.head_optimizer,
+            group,
+            {"index": index.manifest.fingerprint, "labels": labels.manifest.fingerprint},
+        )
+        self._stop = False
+
+    def step(self, step: int, batches: Iterator[LabelledBatch]) -> StepResult:
+        """One optimizer step over the global batch."""
+        config = self.recipe.optimizer
+        lr = warmup_cosine(
+            step,
+            steps=self.recipe.train.steps,
+            warmup_steps=config.warmup_steps,
+            peak=config.lr,
+            final_fraction=config.final_lr,
+        )
+        set_learning_rate(self.engine.optimizer, lr)
+        set_learning_rate(self.head_optimizer, lr * config.head_lr_scale)
+        self.head.resample(step)
+        num_micro_batches = self.plan.part.num_micro_batches
+        sums_3 = torch.zeros(3, device=self.device)
+        for _ in range(num_micro_batches):
+            batch = next(batches)
+            emb_BE = F.normalize(self.engine(batch.images_B3SS.to(self.dtype)).float(), dim=1)
+            output = self.head(emb_BE, batch.labels_BP, weight=1 / num_micro_batches)
+            self.engine.backward(attach_gradient(emb_BE, output, self.group.size))
+            self.engine.step()  # acts at the last micro-batch
+            sums_3 += torch.stack([output.loss, output.negative_term, output.positive_term])
+        head_norm = clip_sharded_gradient(self.head.weight_LE, config.head_clip_norm, self.group)
+        self.head_optimizer.step()
+        self.head_optimizer.zero_grad(set_to_none=False)
+        return StepResult(*(sums_3 / num_micro_batches), head_grad_norm=head_norm, lr=lr)
+
+    def fit(self) -> bool:
+        """Train from the newest checkpoint to the last step. Returns False when stopped by a signal, after saving."""
+        train = self.recipe.train
+        first = self.checkpointer.resume()
+        log = self._open_log(first)
+        previous = {number: signal.signal(number, self._ask_to_stop) for number in STOP_SIGNALS}
+        batches = self.loader.batches(first)
+        quiet = not (self.group.is_main and sys.stderr.isatty())
+        bar = tqdm(
+            range(first, train.steps), initial=first, total=train.steps, unit="step", desc="train", disable=quiet
+        )
+        began, logged = time.perf_counter(), first
+        try:
+            for step in bar:
+                result = self.step(step, batches)
+                done = step + 1
+                if done % train.log_every == 0 or done == train.steps:
+                    seconds, began = time.perf_counter() - began, time.perf_counter()
+                    self._log(log, bar, done, result, seconds, done - logged)
+                    logged = done
+                    if self._must_stop() and done < train.steps:
+                        self.checkpointer.save(done)
+                        return False
+                if done % train.checkpoint_every == 0 or done == train.steps:
+                    self.checkpointer.save(done)
+            return True
+        finally:
+            bar.close()
+            batches.close()
+            self.loader.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            if log:
+                log.close()
+
+    def _open_log(self, first: int) -> RunLog | None:
+        if not self.group.is_main:
+            return None
+        log = RunLog(Path(self.recipe.train.out), first)
+        if first == 0:
+            log_data_pages(log, self.index, self.labels, dump_recipe(self.recipe))
+        return log
+
+    def _log(
+        self, log: RunLog | None, bar: tqdm, done: int, result: StepResult, seconds: float, num_steps: int
+    ) -> None:
+        waited, self.loader.wait_s = self.loader.wait_s, 0.0
+        if log is None:
+            return
+        loss = float(result.loss)
+        log.scalars(
+            done,
+            {
+                "loss/total": loss,
+                "loss/negatives": float(result.negative_term),
+                "loss/positives": float(result.positive_term),
+                "optimizer/lr": result.lr,
+                "optimizer/grad_norm_backbone": float(self.engine.get_global_grad_norm() or 0.0),
+                "optimizer/grad_norm_head": float(result.head_grad_norm),
+                "speed/images_per_s": num_steps * self.recipe.train.global_batch / seconds,
+                "speed/data_wait_share": waited / seconds,
+                "memory/peak_mb": peak_memory_mb(self.device),
+                "progress/epoch": done * self.recipe.train.global_batch / self.index.num_images,
+            },
+        )
+        bar.set_postfix(loss=f"{loss:.3f}")
+        if not loss < float("inf"):
+            raise UserError(
+                f"the loss is {loss} at step {done}: lower optimizer.lr, or look at optimizer/grad_norm_* in TensorBoard."
+            )
+
+    def _ask_to_stop(self, number: int, frame: object) -> None:
+        self._stop = True
+
+    def _must_stop(self) -> bool:
+        """Whether any rank was asked to stop: all must agree. Collective."""
+        return bool(self.group.all_reduce_max(torch.tensor([float(self._stop)])).item())

@@ -1,0 +1,170 @@
+"""Train a backbone by multi-label cluster discrimination.
+
+  mlcd train --deepspeed_config ds_configs/zero1_fp32_cpu.json                       one process, the demo recipe
+  deepspeed --num_gpus 8 mlcd_ds/train.py --deepspeed_config ds_configs/zero1_bf16.json \\
+      --recipe vit_l_14 data.index=runs/laion/index data.labels=runs/laion/labels train.out=runs/vit_l_14
+  sbatch slurm/train_vit_l.sh                                                        80 GPUs
+
+What is learned stands in the recipe (mlcd_ds/recipes, or a YAML file of yours); any of its keys can be given as
+key=value. The same command, run again, goes on from the last checkpoint. SIGTERM and SIGUSR1 save a checkpoint and end
+the program with status 85, which means: start me again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:  # run by path: this folder's names must not shadow top-level packages
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+
+from mlcd_ds import stage
+from mlcd_ds.config import Recipe, changed_keys, dump_recipe, load_recipe, recipe_names
+from mlcd_ds.data.label_store import LabelStore
+from mlcd_ds.data.shard_index import ShardIndex
+from mlcd_ds.distributed.deepspeed import check_zero_section, fill_ds_config, read_ds_config
+from mlcd_ds.engine.trainer import EXIT_REQUEUE, BatchPlan, Trainer, plan_batches
+from mlcd_ds.engine.weights import CONFIG_NAME, read_run_recipe
+from mlcd_ds.errors import UserError
+from mlcd_ds.heads.class_shards import class_range
+from mlcd_ds.heads.sampling import num_sampled
+from mlcd_ds.manifest import write_atomic
+from mlcd_ds.models.vit import ViT, flops_per_image, num_parameters
+
+# Keys that may change when a run goes on; any other change would make it another run.
+FREE_KEYS = (
+    "description",
+    "data.index",
+    "data.labels",
+    "data.num_threads",
+    "train.out",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `mlcd train`."""
+    parser = argparse.ArgumentParser(
+        prog="mlcd train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys, such as train.steps=1000")
+    parser.add_argument(
+        "--recipe", default="demo", help=f"name or YAML file (default: demo; there are {', '.join(recipe_names())})"
+    )
+    parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed JSON (ours: ds_configs/)")
+    parser.add_argument("--dry-run", action="store_true", help="build everything without memory, print it, exit")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment rules
+    return parser
+
+
+def resolve_ds_config(path: Path, recipe: Recipe, plan: BatchPlan) -> dict:
+    """The DeepSpeed config with everything that the recipe says filled in."""
+    precision = recipe.train.precision
+    source = f"train.precision={precision} in the recipe"
+    values = {
+        "train_batch_size": (recipe.train.global_batch, "train.global_batch in the recipe"),
+        "train_micro_batch_size_per_gpu": (plan.micro_batch, "train.micro_batch_per_rank in the recipe"),
+        "gradient_accumulation_steps": (plan.part.num_micro_batches, "train.global_batch over ranks and micro-batch"),
+        "gradient_clipping": (recipe.optimizer.clip_norm, "optimizer.clip_norm in the recipe"),
+        "bf16.enabled": (precision == "bf16", source),
+        "fp16.enabled": (precision == "fp16", source),
+    }
+    config = fill_ds_config(read_ds_config(path), path, values)
+    config.setdefault("zero_optimization", {})["stage"] = check_zero_section(config, path)
+    config.setdefault("steps_per_print", 10**9)  # progress is ours to show
+    return config
+
+
+def open_data(recipe: Recipe) -> tuple[ShardIndex, LabelStore]:
+    """Open and cross-check index, labels and shards."""
+    for key in ("index", "labels"):
+        if getattr(recipe.data, key) is None:
+            stage_name = {"index": "index", "labels": "assign"}[key]
+            raise UserError(f"data.{key} is not given: add data.{key}=FOLDER, made by `mlcd {stage_name}`.")
+    index = ShardIndex(recipe.data.index)
+    labels = LabelStore(recipe.data.labels, index)
+    index.check_shards()
+    if index.num_images < recipe.train.global_batch:
+        raise UserError(f"train.global_batch {recipe.train.global_batch} is more than the {index.num_images} images.")
+    return index, labels
+
+
+def describe(recipe: Recipe, ds_config: dict, plan: BatchPlan, context: stage.Context) -> None:
+    """Say what would run: the resolved files, sizes and shares."""
+    with torch.device("meta"):
+        model = ViT(recipe.model)
+    ranks = context.group.size
+    lines = [
+        dump_recipe(recipe).rstrip(),
+        f"# DeepSpeed: {ds_config}",
+        f"# backbone: {num_parameters(model) / 1e6:.1f} M parameters, {flops_per_image(recipe.model) / 1e9:.1f} GFLOP "
+        "an image forward",
+        f"# batch: {recipe.train.global_batch} = {ranks} ranks x {plan.part.num_micro_batches} x {plan.micro_batch}",
+        f"# samples seen: {recipe.train.steps * recipe.train.global_batch / 1e6:.1f} M",
+    ]
+    if recipe.data.index is None or recipe.data.labels is None:
+        lines.append("# data: data.index and data.labels are not given; a real run needs them")
+    else:
+        index, labels = open_data(recipe)
+        local = class_range(labels.num_centers, ranks, context.group.rank)
+        lines.append(
+            f"# data: {index.num_images} images, {labels.num_labels} labels each of {labels.num_centers} centres"
+        )
+        lines.append(
+            f"# head: {len(local)} centres on rank 0, {num_sampled(local, recipe.head.sample_rate)} sampled a step"
+        )
+    stage.logger.info("\n".join(lines))
+
+
+def claim_folder(recipe: Recipe, context: stage.Context) -> None:
+    """Make the run's folder ours: write its config, or check that the one there is of the same run."""
+    path = recipe.train.out / CONFIG_NAME
+    if path.exists():
+        before = read_run_recipe(recipe.train.out)
+        changed = [key for key in changed_keys(before, recipe) if key not in FREE_KEYS]
+        if changed:
+            raise UserError(f"{path} is of a run with another {', '.join(changed)}: choose another train.out.")
+    context.group.barrier()
+    if context.group.is_main:
+        write_atomic(path, lambda file: file.write(dump_recipe(recipe).encode()))
+
+
+def run(args: argparse.Namespace, context: stage.Context) -> int:
+    """Check everything, then train. Returns the exit status."""
+    recipe = load_recipe(args.recipe, tuple(args.overrides))
+    plan = plan_batches(recipe, context.group)
+    ds_config = resolve_ds_config(args.deepspeed_config, recipe, plan)
+    if args.dry_run:
+        describe(recipe, ds_config, plan, context)
+        return 0
+    index, labels = open_data(recipe)
+    claim_folder(recipe, context)
+    stage.logger.info(
+        "train: %s, %d steps of %d images on %d ranks -> %s (watch: tensorboard --logdir %s)",
+        args.recipe,
+        recipe.train.steps,
+        recipe.train.global_batch,
+        context.group.size,
+        recipe.train.out,
+        recipe.train.out,
+    )
+    finished = Trainer(recipe, ds_config, index, labels, context.group, context.device).fit()
+    stage.logger.info(
+        "train: %s", "done" if finished else "stopped by a signal, checkpoint saved: start again to go on"
+    )
+    return 0 if finished else EXIT_REQUEUE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of `mlcd train`, `python -m mlcd_ds.train` and `deepspeed mlcd_ds/train.py`."""
+    args = build_parser().parse_intermixed_args(argv)
+    return stage.guarded(lambda context: run(args, context))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
