@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from mlcd_ds.manifest import FileRecord, Frozen, write_json
 from mlcd_ds.stage import Context
@@ -23,7 +23,7 @@ class ShardNote(Frozen):
 
     key: str
     files: dict[str, FileRecord]
-    summary: dict[str, Any] = {}
+    summary: dict[str, Any] = Field(default_factory=dict)
 
 
 ShardWork = Callable[[str], tuple[dict[str, FileRecord], dict[str, Any]]]
@@ -65,7 +65,8 @@ def for_each_shard(
     context.group.barrier()
     mine = context.mine(list(keys))
     for name in context.progress(mine, total=len(mine), unit="shard", what=what):
-        if read_note(folder, name, keys[name]) is None:
+        note = read_note(folder, name, keys[name])
+        if note is None or not note.files:  # a shard without outputs failed: perhaps it can be read now
             files, summary = work(name)
             write_json(
                 folder / ".done" / f"{name}.json",

@@ -54,9 +54,7 @@ class TrainConfig(Frozen):
     out: Path = Field(Path("runs/train"), description="folder of the run")
     steps: int = Field(ge=1, description="optimizer steps")
     global_batch: int = Field(ge=1, description="images a step, over all ranks")
-    micro_batch_per_rank: int | None = Field(
-        None, ge=1, description="images a forward pass and rank; null: all at once"
-    )
+    micro_batch_per_rank: int | None = Field(None, ge=1, description="images a forward pass; null: all of a rank")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="of the backbone")
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, order, crops and sampled classes")
     checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints")

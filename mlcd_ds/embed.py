@@ -36,9 +36,7 @@ class Options(stage.StageOptions):
     """Options of `mlcd embed`."""
 
     index: Path = Field(description="folder of `mlcd index`")
-    encoder: str = Field(
-        description="a Hugging Face folder, efficientnet-lite0, ... (see mlcd_ds/encoders.py), [@SIZE]"
-    )
+    encoder: str = Field(description="a Hugging Face folder, or a name such as efficientnet-lite0, and [@SIZE]")
     batch_size: int = Field(64, ge=1, description="images a forward pass, per rank")
     num_threads: int = Field(2, ge=1, description="decoding threads of a rank")
 
@@ -65,7 +63,7 @@ def embed_shard(encoder: Encoder, decoder: ImageDecoder, index: ShardIndex, shar
 def run(options: Options, context: stage.Context) -> None:
     """Embed all shards over all ranks; rank 0 writes the manifest."""
     index = ShardIndex(options.index)
-    index.check_shards()
+    index.check_shards(context.group.rank, context.group.size)
     encoder = load_encoder(options.encoder)
     weights = encoder.fingerprint()
     wanted = EmbeddingManifest(

@@ -65,7 +65,7 @@ def load_encoder(specification: str) -> Encoder:
     if (folder / "config.yaml").exists():
         return training_run(folder, size)
     raise UserError(
-        f"encoder {specification!r} is neither a folder with config.json (Hugging Face) or config.yaml (a training run) "
+        f"encoder {specification!r} is neither a folder with config.json (Hugging Face) or config.yaml (a run of ours) "
         "nor one of pixels, efficientnet-lite0, recipe:NAME."
     )
 

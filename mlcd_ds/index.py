@@ -32,7 +32,15 @@ from pydantic import Field
 from mlcd_ds import stage
 from mlcd_ds.by_shard import for_each_shard, work_key
 from mlcd_ds.data.dali import decoded_sizes
-from mlcd_ds.data.shard_index import IMAGE_EXTENSIONS, IndexManifest, Member, ShardEntry, format_idx
+from mlcd_ds.data.shard_index import (
+    IMAGE_EXTENSIONS,
+    TAR_BLOCK,
+    IndexManifest,
+    Member,
+    ShardEntry,
+    format_idx,
+    split_name,
+)
 from mlcd_ds.errors import UserError
 from mlcd_ds.manifest import FileRecord, library_versions, write_atomic, write_json, write_manifest
 
@@ -58,13 +66,13 @@ def find_shards(patterns: tuple[str, ...]) -> dict[str, Path]:
         paths += found
     paths = sorted(set(paths))
     root = os.path.commonpath([path.parent for path in paths])
-    return {str(path.relative_to(root).with_suffix("")).replace(os.sep, "--"): path for path in paths}
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """A member's key and lower-case extension, at the first dot of its base name, as WebDataset does."""
-    dot = name.find(".", name.rfind("/") + 1)
-    return (name[:dot], name[dot + 1 :].lower()) if dot >= 0 else (name, "")
+    named: dict[str, Path] = {}
+    for path in paths:
+        name = str(path.relative_to(root).with_suffix("")).replace(os.sep, "--")
+        if name in named:
+            raise UserError(f"--shards: {named[name]} and {path} would both be called {name!r}. Rename one.")
+        named[name] = path
+    return named
 
 
 class Sample:
@@ -77,13 +85,14 @@ class Sample:
 
 
 def read_samples(path: Path) -> Iterator[Sample]:
-    """Samples of a tar, as runs of members with the same key. Only regular files count; nothing is written to disk."""
+    """Samples of a tar, as runs of members with the same key. Only regular files with an extension count; nothing is
+    written to disk. A tar without its end-of-archive mark was cut short: tarfile.ReadError."""
     sample: Sample | None = None
     with tarfile.open(path, "r:") as archive:
         for info in archive:
-            if not info.isreg():
-                continue
             key, extension = split_name(info.name)
+            if not info.isreg() or not extension:
+                continue
             repeated = sample is not None and any(m.extension == extension for m in sample.members)
             if sample is None or key != sample.key or repeated:
                 if sample is not None:
@@ -92,16 +101,28 @@ def read_samples(path: Path) -> Iterator[Sample]:
             sample.members.append(Member(extension, info.offset_data, info.size, info.name))
             if extension in IMAGE_EXTENSIONS and sample.image is None:
                 sample.image = archive.extractfile(info).read()  # type: ignore[union-attr]
-    if sample is not None:
-        yield sample
+        if sample is not None:
+            yield sample
+        archive.fileobj.seek(archive.offset)  # tarfile stops at a bad header as it does at the end
+        if archive.fileobj.read(TAR_BLOCK) != bytes(TAR_BLOCK):
+            raise tarfile.ReadError(f"neither a member nor the end of the archive at byte {archive.offset}")
+
+
+def readable(name: str) -> str:
+    """The name as text that can be written; bytes that are not UTF-8 show as escapes."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def header_problem(sample: Sample, seen: set[str], max_pixels: float) -> str | None:
     """Why a sample cannot be used, as far as its names and the image's header tell."""
     if sample.key in seen:
         return "duplicate key"
+    if sample.key.startswith("/") or ".." in sample.key.split("/"):
+        return "key leads out of the folder"
     if sample.image is None:
         return "no image"
+    if any(member.name != readable(member.name) for member in sample.members):
+        return "name is not UTF-8"
     if any(character.isspace() for member in sample.members for character in member.name):
         return "white space in the name"  # a DALI index cannot hold it
     if not sample.image:
@@ -134,7 +155,7 @@ class ShardScan:
             problem = header_problem(sample, seen, self._options.max_megapixels * 1e6)
             seen.add(sample.key)
             if problem:
-                self.dropped.append((sample.key, problem))
+                self.dropped.append((readable(sample.key), problem))
                 continue
             self._pending.append(sample)
             if len(self._pending) == DECODE_BATCH:

@@ -108,10 +108,8 @@ def parse_options(
     try:
         return options_type(**values)
     except ValidationError as error:
-        problems = [
-            f"--{'-'.join(str(part) for part in problem['loc'][:1]).replace('_', '-')} {problem['input']!r}: {problem['msg']}"
-            for problem in error.errors()
-        ]
+        flags = ["--" + str(problem["loc"][0]).replace("_", "-") for problem in error.errors()]
+        problems = [f"{flag} {e['input']!r}: {e['msg']}" for flag, e in zip(flags, error.errors(), strict=True)]
         parser.error("; ".join(problems))
 
 

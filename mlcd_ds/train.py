@@ -26,12 +26,21 @@ from mlcd_ds.config import Recipe, changed_keys, dump_recipe, load_recipe, recip
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.deepspeed import check_zero_section, fill_ds_config, read_ds_config
-from mlcd_ds.engine.trainer import EXIT_REQUEUE, BatchPlan, Trainer, plan_batches
-from mlcd_ds.engine.weights import CONFIG_NAME, read_run_recipe
+from mlcd_ds.engine.stopping import EXIT_REQUEUE, StopRequest
+from mlcd_ds.engine.trainer import BatchPlan, Trainer, plan_batches
+from mlcd_ds.engine.weights import CHECKPOINT_NAME, CONFIG_NAME, checkpoint_folders, read_run_recipe
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.class_shards import class_range
 from mlcd_ds.heads.sampling import num_sampled
-from mlcd_ds.manifest import write_atomic
+from mlcd_ds.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    library_versions,
+    read_manifest,
+    record_of,
+    write_atomic,
+    write_manifest,
+)
 from mlcd_ds.models.vit import ViT, flops_per_image, num_parameters
 
 # Keys that may change when a run goes on; any other change would make it another run.
@@ -45,6 +54,12 @@ FREE_KEYS = (
     "train.keep_checkpoints",
     "train.log_every",
 )
+
+
+class TrainManifest(Manifest):
+    """Manifest of `mlcd train`; written when the last step is done."""
+
+    step: int
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -144,20 +159,54 @@ def run(args: argparse.Namespace, context: stage.Context) -> int:
         return 0
     index, labels = open_data(recipe)
     claim_folder(recipe, context)
+    out = recipe.train.out
+    if is_done(recipe, index, labels):
+        stage.logger.info("train: done already, nothing to do (%s)", out)
+        return 0
     stage.logger.info(
         "train: %s, %d steps of %d images on %d ranks -> %s (watch: tensorboard --logdir %s)",
         args.recipe,
         recipe.train.steps,
         recipe.train.global_batch,
         context.group.size,
-        recipe.train.out,
-        recipe.train.out,
+        out,
+        out,
     )
-    finished = Trainer(recipe, ds_config, index, labels, context.group, context.device).fit()
-    stage.logger.info(
-        "train: %s", "done" if finished else "stopped by a signal, checkpoint saved: start again to go on"
+    with StopRequest() as stop:
+        finished = Trainer(recipe, ds_config, index, labels, context.group, context.device).fit(stop)
+    if not finished:
+        stage.logger.info("train: asked to stop; a checkpoint is saved. Start again to go on.")
+        return EXIT_REQUEUE
+    if context.group.is_main:
+        write_train_manifest(recipe, index, labels)
+    stage.logger.info("train: done")
+    return 0
+
+
+def run_inputs(index: ShardIndex, labels: LabelStore) -> dict[str, str]:
+    """Fingerprints of what a run is trained on."""
+    return {"index": index.manifest.fingerprint, "labels": labels.manifest.fingerprint}
+
+
+def is_done(recipe: Recipe, index: ShardIndex, labels: LabelStore) -> bool:
+    """Whether the run is finished, on the same inputs. Its recipe was compared by `claim_folder`."""
+    if not (recipe.train.out / MANIFEST_NAME).exists():
+        return False
+    return read_manifest(recipe.train.out, TrainManifest, "train").inputs == run_inputs(index, labels)
+
+
+def write_train_manifest(recipe: Recipe, index: ShardIndex, labels: LabelStore) -> None:
+    """The last thing of a run: it is finished, and this is its final checkpoint."""
+    last = checkpoint_folders(recipe.train.out)[-1] / CHECKPOINT_NAME
+    manifest = TrainManifest(
+        stage="train",
+        parameters=recipe.model_dump(mode="json"),
+        inputs=run_inputs(index, labels),
+        files={str(last.relative_to(recipe.train.out)): record_of(last)},
+        versions=library_versions(),
+        step=recipe.train.steps,
     )
-    return 0 if finished else EXIT_REQUEUE
+    write_manifest(recipe.train.out, manifest)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -64,7 +64,7 @@ def initial_clustering(rows: Rows, group: Group, num_centers: int, seed: int) ->
 
 
 def iterate(rows: Rows, group: Group, assigner: Assigner, current: Clustering, seed: int) -> Clustering:
-    """One iteration: assign, average, normalise, split. Collectives: all-reduce of [C, E], of [C] and of the objective."""
+    """One iteration: assign, average, normalise, split. Collectives: all-reduce of [C, E], [C] and the objective."""
     num_centers, dim = current.centers_CE.shape
     sums_CE, counts_C = torch.zeros(num_centers, dim), torch.zeros(num_centers, dtype=torch.int64)
     total = torch.zeros(1, dtype=torch.float64)

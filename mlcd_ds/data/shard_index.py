@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from mlcd_ds.manifest import Frozen, Manifest, check_file, read_manifest
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IDX_VERSION = "v1.2"
+TAR_BLOCK = 512
+MAX_HEADER_NAME = 100  # longer names lie in an extended header
 
 
 class ShardEntry(Frozen):
@@ -77,18 +80,61 @@ class ShardSamples:
 
 def parse_idx(path: Path) -> tuple[list[str], Span, Span, Span]:
     """Read a `.idx`: keys and the spans of images, captions (.txt) and metadata (.json)."""
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     keys: list[str] = []
     rows = np.full((3, len(lines) - 1, 2), -1, dtype=np.int64)
     for row, line in enumerate(lines[1:]):
-        words = line.split(" ")
-        for extension, offset, size in zip(words[0::4], words[1::4], words[2::4], strict=True):
-            which = 0 if extension in IMAGE_EXTENSIONS else {"txt": 1, "json": 2}.get(extension)
-            if which is not None:
-                rows[which, row] = int(offset), int(size)
-        keys.append(words[3][: words[3].rfind(".")])
+        members = parse_line(line)
+        for member in members:
+            which = 0 if member.extension in IMAGE_EXTENSIONS else {"txt": 1, "json": 2}.get(member.extension)
+            if which is not None and rows[which, row, 0] < 0:  # of several images the first, as `mlcd index` measured
+                rows[which, row] = member.offset, member.bytes
+        keys.append(split_name(members[0].name)[0])
     image, caption, metadata = (Span(r[:, 0], r[:, 1]) for r in rows)
     return keys, image, caption, metadata
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's key and lower-case extension, at the first dot of its base name, as WebDataset does."""
+    dot = name.find(".", name.rfind("/") + 1)
+    return (name[:dot], name[dot + 1 :].lower()) if dot >= 0 else (name, "")
+
+
+def parse_line(line: str) -> list[Member]:
+    """The members of one sample, from its line in a `.idx`."""
+    words = line.split(" ")
+    fields = zip(words[0::4], words[1::4], words[2::4], words[3::4], strict=True)
+    return [Member(extension, int(offset), int(size), name) for extension, offset, size, name in fields]
+
+
+def outer_images(path: Path) -> list[Member]:
+    """The images of the first and of the last sample in a `.idx`, read from its ends; none when it has no sample."""
+    with open(path, "rb") as file:
+        file.readline()
+        first = file.readline()
+        if not first:
+            return []
+        size = os.fstat(file.fileno()).st_size
+        window = len(first)
+        while True:  # the last line is about as long as the first
+            window = min(2 * window, size)
+            tail = os.pread(file.fileno(), window, size - window).rstrip(b"\n")
+            if b"\n" in tail:
+                break
+    samples = [parse_line(line.decode()) for line in (first.rstrip(b"\n"), tail.rsplit(b"\n", 1)[1])]
+    return [next(member for member in sample if member.extension in IMAGE_EXTENSIONS) for sample in samples]
+
+
+def has_member(descriptor: int, member: Member) -> bool:
+    """Whether the tar has a header with that name and size where the index says. Names that a plain header cannot hold
+    (long or not ASCII) are taken on trust."""
+    try:
+        block = os.pread(descriptor, TAR_BLOCK, member.offset - TAR_BLOCK)
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    is_plain = len(member.name) <= MAX_HEADER_NAME and member.name.isascii()
+    return header.size == member.bytes and (header.name == member.name or not is_plain)
 
 
 class ShardIndex:
@@ -100,7 +146,7 @@ class ShardIndex:
         self.shards = self.manifest.shards
         self.num_images = self.manifest.num_images
         self.counts = np.array([shard.num_images for shard in self.shards], dtype=np.int64)
-        self.samples = functools.lru_cache(maxsize=64)(self._read_samples)
+        self.samples = functools.lru_cache(maxsize=512)(self._read_samples)
 
     def _read_samples(self, shard: int) -> ShardSamples:
         entry, files = self.shards[shard], self.manifest.files
@@ -109,24 +155,40 @@ class ShardIndex:
         sizes_N2 = np.load(check_file(self.folder, sizes_name, files[sizes_name], "index"), allow_pickle=False)
         return ShardSamples(*parse_idx(idx_path), sizes_N2)
 
-    def check_shards(self) -> None:
-        """Compare every tar's size with the index; UserError names the first that is missing or was changed."""
-        for entry in self.shards:
+    def check_shards(self, rank: int = 0, num_ranks: int = 1) -> None:
+        """Compare tars with the index: their sizes, and the headers of the first and the last indexed image.
+
+        Each rank looks at its share. UserError names the first tar that is missing or was changed.
+        """
+        for entry in self.shards[rank::num_ranks]:
             if not entry.path.exists():
                 raise UserError(
                     f"{entry.path} is missing, though {self.folder} indexes it. Put it back or index again."
                 )
+            fix = f"it was changed since. Run `mlcd index --overwrite --out {self.folder}` and the stages after it."
             if entry.path.stat().st_size != entry.bytes:
                 raise UserError(
-                    f"{entry.path} has {entry.path.stat().st_size} bytes, {self.folder} indexed {entry.bytes}: it was "
-                    f"changed since. Run `mlcd index --overwrite --out {self.folder}` and the stages after it."
+                    f"{entry.path} has {entry.path.stat().st_size} bytes, {self.folder} indexed {entry.bytes}: {fix}"
                 )
+            with open(entry.path, "rb") as file:
+                for member in self._outer_images(entry):
+                    if not has_member(file.fileno(), member):
+                        raise UserError(f"{entry.path} has no {member.name} at byte {member.offset}, as indexed: {fix}")
+
+    def _outer_images(self, entry: ShardEntry) -> list[Member]:
+        """As `outer_images`; a damaged index is a UserError. It is not worth a checksum unless it looks wrong."""
+        name = f"{entry.name}.idx"
+        try:
+            return outer_images(self.folder / name)
+        except (OSError, ValueError):
+            check_file(self.folder, name, self.manifest.files[name], "index")
+            raise
 
 
 class ShardReader:
     """Reads members of the tars by offset; keeps `max_open` tars open. Not shared between threads."""
 
-    def __init__(self, index: ShardIndex, max_open: int = 64) -> None:
+    def __init__(self, index: ShardIndex, max_open: int = 256) -> None:
         self._index = index
         self._max_open = max_open
         self._open: dict[int, int] = {}

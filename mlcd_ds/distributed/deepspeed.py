@@ -40,6 +40,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         raise UserError(f"--deepspeed_config {path}: no such file (ours are in ds_configs/).") from None
     except json.JSONDecodeError as error:
         raise UserError(f"--deepspeed_config {path} is not valid JSON: {error}.") from None
+    _check_section(config, path, "the file")
     for key in config:
         if key in ELSEWHERE:
             raise UserError(f"{path}: {key!r} is not set here: {ELSEWHERE[key]}.")
@@ -59,12 +60,18 @@ def fill_ds_config(config: dict[str, Any], path: Path, values: dict[str, Any]) -
         place = filled
         for parent in parents:
             place = place.setdefault(parent, {})
+            _check_section(place, path, parent)
         stated = place.get(last, "auto")
         if stated != "auto" and stated != value:
             raise UserError(f'{path}: {dotted} is {stated}, but {source} makes it {value}. Write "auto" or change one.')
         place[last] = value
     _refuse_auto(filled, path, "")
     return filled
+
+
+def _check_section(value: Any, path: Path, name: str) -> None:
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {name} must be a mapping of keys in braces, not {value!r}.")
 
 
 def _refuse_auto(value: Any, path: Path, key: str) -> None:
@@ -83,6 +90,7 @@ def check_zero_section(config: dict[str, Any], path: Path) -> int:
     from mlcd_ds.manifest import first_problem
 
     section = config.get("zero_optimization", {})
+    _check_section(section, path, "zero_optimization")
     try:
         return int(DeepSpeedZeroConfig(**section).stage)
     except ValidationError as error:
@@ -122,9 +130,7 @@ def load_engine(engine: Any, folder: Path) -> None:
     engine.checkpoint_engine = SafeCheckpointEngine()
     path, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG, load_lr_scheduler_states=False)
     if path is None:  # DeepSpeed would go on with random weights
-        raise UserError(
-            f"{folder}: DeepSpeed finds no state of the engine in it. Remove it to resume from an older one."
-        )
+        raise UserError(f"{folder} holds no state of the engine. Remove it to resume from an older checkpoint.")
 
 
 def full_fp32_parameters(engine: Any) -> dict[str, torch.Tensor]:

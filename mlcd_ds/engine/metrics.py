@@ -68,7 +68,7 @@ def log_data_pages(log: RunLog, index: ShardIndex, labels: LabelStore, recipe_ya
 
 
 def cluster_grid(index: ShardIndex, labels: LabelStore) -> np.ndarray:
-    """uint8 [3, rows * size, columns * size]: a row shows images of the first shards whose nearest centre is the same."""
+    """uint8 [3, H, W]: a line of images for each of some clusters, taken from the first shards."""
     num_shards = min(len(index.shards), 8)
     found = [(shard, row) for shard in range(num_shards) for row in range(int(index.counts[shard]))]
     nearest = np.concatenate([labels.shard(shard)[:, 0] for shard in range(num_shards) if index.counts[shard]])

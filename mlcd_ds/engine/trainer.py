@@ -5,7 +5,6 @@ B images of a micro-batch on this rank, P labels an image, E embedding.
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -30,13 +29,11 @@ from mlcd_ds.engine.checkpoint import Checkpointer
 from mlcd_ds.engine.metrics import RunLog, log_data_pages, peak_memory_mb
 from mlcd_ds.engine.optimizer import backbone_optimizer, clip_sharded_gradient, head_optimizer, set_learning_rate
 from mlcd_ds.engine.schedule import warmup_cosine
+from mlcd_ds.engine.stopping import StopRequest
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.partial_fc import PartialFCHead, attach_gradient
 from mlcd_ds.models.vit import ViT
 from mlcd_ds.objectives.mlcd import MLCDLoss
-
-EXIT_REQUEUE = 85  # "saved, start me again": what slurm/ looks for
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,6 @@ class Trainer:
             group,
             {"index": index.manifest.fingerprint, "labels": labels.manifest.fingerprint},
         )
-        self._stop = False
 
     def step(self, step: int, batches: Iterator[LabelledBatch]) -> StepResult:
         """One optimizer step over the global batch."""
@@ -150,12 +146,11 @@ class Trainer:
         self.head_optimizer.zero_grad(set_to_none=False)
         return StepResult(*(sums_3 / num_micro_batches), head_grad_norm=head_norm, lr=lr)
 
-    def fit(self) -> bool:
-        """Train from the newest checkpoint to the last step. Returns False when stopped by a signal, after saving."""
+    def fit(self, stop: StopRequest) -> bool:
+        """Train from the newest checkpoint to the last step. Returns False when asked to stop, after saving."""
         train = self.recipe.train
         first = self.checkpointer.resume()
         log = self._open_log(first)
-        previous = {number: signal.signal(number, self._ask_to_stop) for number in STOP_SIGNALS}
         batches = self.loader.batches(first)
         quiet = not (self.group.is_main and sys.stderr.isatty())
         bar = tqdm(
@@ -170,7 +165,7 @@ class Trainer:
                     seconds, began = time.perf_counter() - began, time.perf_counter()
                     self._log(log, bar, done, result, seconds, done - logged)
                     logged = done
-                    if self._must_stop() and done < train.steps:
+                    if stop.is_asked(self.group) and done < train.steps:
                         self.checkpointer.save(done)
                         return False
                 if done % train.checkpoint_every == 0 or done == train.steps:
@@ -180,8 +175,6 @@ class Trainer:
             bar.close()
             batches.close()
             self.loader.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
             if log:
                 log.close()
 
@@ -218,12 +211,5 @@ class Trainer:
         bar.set_postfix(loss=f"{loss:.3f}")
         if not loss < float("inf"):
             raise UserError(
-                f"the loss is {loss} at step {done}: lower optimizer.lr, or look at optimizer/grad_norm_* in TensorBoard."
+                f"the loss is {loss} at step {done}: lower optimizer.lr; TensorBoard's optimizer page shows the norms."
             )
-
-    def _ask_to_stop(self, number: int, frame: object) -> None:
-        self._stop = True
-
-    def _must_stop(self) -> bool:
-        """Whether any rank was asked to stop: all must agree. Collective."""
-        return bool(self.group.all_reduce_max(torch.tensor([float(self._stop)])).item())

@@ -183,10 +183,20 @@ def linear_probe(
 
 
 def _condition(train_ND: Tensor, test_MD: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre both on the training mean and divide by the training root mean square: one number for all channels."""
+    """Centre both on the training mean and divide by the training root mean square: one number for all channels.
+
+    Where there are more channels than training images, both are written in a basis of the training rows.
+    """
     mean_D = train_ND.mean(0)
     scale = (train_ND - mean_D).square().mean().sqrt().clamp_min(torch.finfo(train_ND.dtype).tiny)
-    return (train_ND - mean_D) / scale, (test_MD - mean_D) / scale
+    train_ND, test_MD = (train_ND - mean_D) / scale, (test_MD - mean_D) / scale
+    num_train, width = train_ND.shape
+    if width <= num_train:
+        return train_ND, test_MD
+    # More channels than images: a penalised solution lies in the span of the training rows, so in an orthonormal basis
+    # of that span it is the same classifier, with fewer numbers.
+    basis_DN = torch.linalg.qr(train_ND.T).Q
+    return train_ND @ basis_DN, test_MD @ basis_DN
 
 
 class _Sweep:

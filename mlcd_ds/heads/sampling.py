@@ -22,5 +22,6 @@ def sample_classes(classes: ClassRange, rate: float, seed: int, step: int) -> Te
     """Sorted local indices int64 [S] into a rank's classes, a function of (seed, step, the range) alone."""
     if rate == 1.0:
         return torch.arange(len(classes))
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_000_003 + classes.begin)
+    mixed = ((seed * 1_000_003 + step) * 1_000_003 + classes.begin) % 2**63  # a generator takes 64 bits
+    generator = torch.Generator().manual_seed(mixed)
     return torch.randperm(len(classes), generator=generator)[: num_sampled(classes, rate)].sort().values

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from mlcd_ds.errors import UserError
@@ -33,7 +33,7 @@ def save_head(folder: Path, head: PartialFCHead, optimizer: torch.optim.Optimize
 
 
 def load_head(folder: Path, head: PartialFCHead, optimizer: torch.optim.Optimizer) -> None:
-    """Read this rank's classes from whichever files hold them. UserError names classes that no file holds."""
+    """Read this rank's classes from whichever files hold them. UserError names a damaged file or the gap."""
     device, dim = head.weight_LE.device, head.weight_LE.shape[1]
     parts = {name: [torch.empty(0, dim)] for name in ("weight", *MOMENTS)}
     step, reached = torch.zeros(1), head.classes.begin
@@ -41,10 +41,13 @@ def load_head(folder: Path, head: PartialFCHead, optimizer: torch.optim.Optimize
         first, last = max(begin, reached), min(end, head.classes.end)
         if begin > reached or first >= last:
             continue
-        with safe_open(path, framework="pt") as file:
-            for name, rows in parts.items():
-                rows.append(file.get_slice(name)[first - begin : last - begin])
-            step = file.get_tensor("step")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name, rows in parts.items():
+                    rows.append(file.get_slice(name)[first - begin : last - begin])
+                step = file.get_tensor("step")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read ({error}): remove {folder} to use an older checkpoint.") from None
         reached = last
     if reached != head.classes.end:
         raise UserError(

@@ -4,7 +4,7 @@
     z_i = s * margin(cos_i),  z_j = s * cos_j
 
 An image's own positives are never its negatives. Cosines are bounded, so a constant shift replaces the running maximum
-of a softmax: half the range, which keeps the summands, the constant 1 and their sums inside fp32 for every s <= 150.
+of a softmax: half the range. A range of at most 140 keeps the summands, the constant 1 and their sums inside fp32.
 G images of all ranks, S sampled classes on this rank, K (image, label) pairs on this rank.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mlcd_ds.heads.margins import MarginForm, least_cosine, with_margin
@@ -25,9 +25,19 @@ class MLCDConfig(Frozen):
     """Scale and margin are not published for MLCD; the defaults are those that the same group states for RICE."""
 
     name: Literal["mlcd"] = Field("mlcd", description="the objective")
-    scale: float = Field(64.0, gt=0, le=150, description="s, the factor on cosines")
+    scale: float = Field(64.0, gt=0, le=140, description="s, the factor on cosines")
     margin: float = Field(0.3, ge=0, lt=1, description="m, taken off the positives' cosines (paper: 0.3)")
     margin_form: MarginForm = Field("cosface", description="cosface: cos - m; arcface: cos(angle + m); none")
+
+    @model_validator(mode="after")
+    def _check_range(self) -> MLCDConfig:
+        least = -least_cosine(self.margin, self.margin_form)
+        if self.scale * least > 140:  # half of it is an exponent: e^70 times millions of classes still fits into fp32
+            raise ValueError(
+                f"scale {self.scale} with margin {self.margin} ({self.margin_form}) overflows fp32: set scale to at "
+                f"most {140 / least:.0f}, or a smaller margin"
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -162,3 +162,20 @@ def test_mean_per_class_leaves_out_absent_classes() -> None:
     kept = test_labels != 2
     result = linear_probe(train, labels, test[kept], test_labels[kept], 4, torch.Generator().manual_seed(0))
     assert result.mean_per_class == 1.0 and result.per_class_accuracy[2] != result.per_class_accuracy[2]
+
+
+def test_more_channels_than_images_give_the_classifier_of_the_full_space() -> None:
+    """The rotation into the span of the training rows changes no prediction; leaving out a part of the span does."""
+    train, labels = blobs(40, 3, 64, distance=0.25)
+    test, test_labels = blobs(200, 3, 64, distance=0.25, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    result = linear_probe(train, labels, test, test_labels, 3, generator)
+    train, test = train.double(), test.double()
+    mean = train.mean(0)
+    scale = (train - mean).square().mean().sqrt()
+    full = fit_logistic((train - mean) / scale, labels, 3, result.l2, tolerance=1e-9)
+    logits = full.logits((test - mean) / scale)
+    assert torch.equal(result.predictions_M, logits.argmax(1))
+    basis = torch.linalg.qr((train - mean).T).Q[:, :20]
+    partial = fit_logistic((train - mean) / scale @ basis, labels, 3, result.l2, tolerance=1e-9)
+    assert not torch.equal(result.predictions_M, partial.logits((test - mean) / scale @ basis).argmax(1))

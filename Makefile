@@ -1,0 +1,29 @@
+# `make demo` and `make test` do all their own set-up, in .venv; `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS ?= cpu,demo,dev
+
+.PHONY: demo test lint setup help clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+setup: $(VENV)/.ready  ## install everything into .venv
+
+$(VENV)/.ready: setup.cfg constraints.txt tools/setup.sh
+	PYTHON="$(PYTHON)" VENV="$(VENV)" EXTRAS="$(EXTRAS)" bash tools/setup.sh
+	touch $@
+
+demo: setup  ## the whole pipeline on the pictures in demo/shards (about ten minutes on two cores)
+	$(BIN)/python demo/run.py $(DEMO_ARGS)
+
+test: setup  ## all tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup  ## style and imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## remove .venv and the demo's results
+	rm -rf $(VENV) runs/demo

@@ -1,0 +1,78 @@
+"""The plain loader: what the DALI graph computes, in Pillow and numpy, one image at a time. The oracle of its tests.
+
+Also the specification: decode (EXIF orientation applied, alpha dropped, grey, CMYK and 16 bits turned into 8-bit RGB),
+cut the box, resize with an antialiased cubic filter and round to whole grey levels, mirror, normalise. The filter sees
+nothing outside the box: the box's edge pixels are repeated there.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from mlcd_ds.data.dali import EncodedBatch, PixelFormat
+
+CUBIC_A = -0.5  # Catmull-Rom, as in Pillow, in torch with antialiasing and in DALI
+
+
+def decode(encoded: bytes) -> np.ndarray:
+    """uint8 [height, width, 3], RGB, upright. Raises OSError (Pillow's) for bytes that are no image."""
+    with Image.open(io.BytesIO(encoded)) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16"):  # Pillow would clip it to 255
+            image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+        return np.array(image.convert("RGB"))
+
+
+def cubic(x: np.ndarray) -> np.ndarray:
+    """Keys' cubic kernel at distances `x`."""
+    x, a = np.abs(x), CUBIC_A
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def filter_matrix(size_in: int, size_out: int, antialias: bool = True) -> np.ndarray:
+    """float64 [size_out, size_in]: weights of the input pixels in each output pixel; rows sum to one.
+
+    Pixels are squares with their centres at one half; antialiasing widens the kernel by the scale when shrinking.
+    """
+    scale = size_in / size_out
+    width = max(scale, 1.0) if antialias else 1.0
+    centers = (np.arange(size_out) + 0.5) * scale
+    taps = np.arange(int(np.floor(-2 * width)) - 1, size_in + int(np.ceil(2 * width)) + 1)
+    weights = cubic((taps[None, :] + 0.5 - centers[:, None]) / width)
+    weights /= weights.sum(axis=1, keepdims=True)
+    matrix = np.zeros((size_out, size_in))
+    np.add.at(matrix.T, taps.clip(0, size_in - 1), weights.T)
+    return matrix
+
+
+def resize(pixels_HW3: np.ndarray, size: int, antialias: bool = True) -> np.ndarray:
+    """uint8 [size, size, 3]: `filter_matrix` along both sides, rounded once, at the end."""
+    height, width = pixels_HW3.shape[:2]
+    rows, columns = filter_matrix(height, size, antialias), filter_matrix(width, size, antialias)
+    resized = np.einsum("oh,hwc,pw->opc", rows, pixels_HW3.astype(np.float64), columns, optimize=True)
+    return np.floor(resized + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def crop_resize_flip(pixels_HW3: np.ndarray, box: Sequence[int], is_flipped: bool, size: int) -> np.ndarray:
+    """uint8 [size, size, 3]: the box (top, left, height, width) of a decoded image, resized and perhaps mirrored."""
+    top, left, height, width = (int(value) for value in box)
+    assert 0 <= top < top + height <= pixels_HW3.shape[0] and 0 <= left < left + width <= pixels_HW3.shape[1], box
+    resized = resize(pixels_HW3[top : top + height, left : left + width], size)
+    return resized[:, ::-1] if is_flipped else resized
+
+
+def load(batch: EncodedBatch, pixels: PixelFormat) -> Tensor:
+    """Images fp32 [B, 3, S, S] of a batch, normalised: what ImageDecoder gives for it."""
+    images = []
+    for encoded, box, is_flipped in zip(batch.images, batch.boxes_B4, batch.flips_B, strict=True):
+        image = crop_resize_flip(decode(encoded), box, bool(is_flipped), pixels.image_size).astype(np.float64)
+        images.append(((image - pixels.mean) / pixels.std).transpose(2, 0, 1).astype(np.float32))
+    return torch.from_numpy(np.stack(images))

@@ -1,0 +1,100 @@
+"""Export the backbone of a training run as a Hugging Face `CLIPVisionModel` folder.
+
+Writes config.json, model.safetensors, preprocessor_config.json and, beside them because it is not part of that model,
+projection.safetensors: the linear map [E, D] from the pooled output to the embedding that the loss saw.
+
+  mlcd export --run runs/demo/train --out runs/demo/export
+  python -c "import transformers; transformers.CLIPVisionModel.from_pretrained('runs/demo/export')"
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:  # run by path: this folder's names must not shadow top-level packages
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from pydantic import Field
+from safetensors.torch import save
+
+from mlcd_ds import stage
+from mlcd_ds.data.dali import CLIP_MEAN, CLIP_STD
+from mlcd_ds.engine.weights import checkpoint_folders, load_backbone, read_checkpoint
+from mlcd_ds.manifest import Manifest, library_versions, sha256_of, write_atomic, write_json, write_manifest
+from mlcd_ds.models.convert import clip_vision_config, to_clip_vision
+
+BICUBIC = 3  # Pillow's number, which preprocessor configs use
+
+
+class Options(stage.StageOptions):
+    """Options of `mlcd export`."""
+
+    run: Path = Field(description="folder of `mlcd train` (train.out)")
+
+
+class ExportManifest(Manifest):
+    """Manifest of `mlcd export`; `step` is the checkpoint's."""
+
+    step: int
+
+
+def preprocessor_config(image_size: int) -> dict:
+    """How our images are prepared, in the words of Hugging Face's CLIPImageProcessor."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": image_size},
+        "resample": BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [value / 255 for value in CLIP_MEAN],
+        "image_std": [value / 255 for value in CLIP_STD],
+        "do_convert_rgb": True,
+    }
+
+
+def run(options: Options, context: stage.Context) -> None:
+    """Convert and write; rank 0 alone has work."""
+    model = load_backbone(options.run)
+    folder = checkpoint_folders(options.run)[-1]
+    checkpoint = read_checkpoint(folder)
+    wanted = ExportManifest(
+        stage="export",
+        parameters={"step": checkpoint.step},
+        inputs={"backbone": sha256_of(folder / "backbone.safetensors")},
+        files={},
+        versions=library_versions(),
+        step=checkpoint.step,
+    )
+    if stage.already_done(options, context, ExportManifest, wanted):
+        return
+    stage.logger.info("export: %s -> %s", folder, options.out)
+    if options.dry_run or not context.group.is_main:
+        return
+    state = model.state_dict()
+    weights = save({name: value.contiguous() for name, value in to_clip_vision(state).items()}, {"format": "pt"})
+    projection = save({"projection.weight": state["projection.weight"].contiguous()}, {"format": "pt"})
+    files = {
+        "model.safetensors": write_atomic(options.out / "model.safetensors", lambda file: file.write(weights)),
+        "projection.safetensors": write_atomic(
+            options.out / "projection.safetensors", lambda file: file.write(projection)
+        ),
+        "preprocessor_config.json": write_json(
+            options.out / "preprocessor_config.json", preprocessor_config(model.config.image_size)
+        ),
+        "config.json": write_json(options.out / "config.json", clip_vision_config(model.config)),
+    }
+    write_manifest(options.out, wanted.model_copy(update={"files": files}))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of `mlcd export` and `python -m mlcd_ds.export`."""
+    return stage.main("export", Options, run, __doc__, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
