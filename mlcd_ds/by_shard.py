@@ -39,7 +39,7 @@ def read_note(folder: Path, name: str, key: str) -> ShardNote | None:
     path = folder / ".done" / f"{name}.json"
     try:
         note = ShardNote.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, ValidationError):
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
         return None
     whole = all(
         (folder / file).exists() and (folder / file).stat().st_size == r.bytes for file, r in note.files.items()

@@ -20,6 +20,7 @@ if __name__ == "__main__" and not __package__:  # run by path: this folder's nam
 
 import numpy as np
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from tqdm import tqdm
@@ -62,15 +63,18 @@ def save_state(path: Path, key: str, clustering: Clustering) -> None:
 
 
 def load_state(path: Path, key: str) -> Clustering | None:
-    """The saved state of this very clustering, or None."""
+    """The saved state of this very clustering, or None. Raises UserError when the file is damaged."""
     if not path.exists():
         return None
     content = path.read_bytes()
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    history = json.loads(header["__metadata__"]["history"])
-    if history["key"] != key:
-        return None
-    tensors = load_tensors(content)
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        history = json.loads(header["__metadata__"]["history"])
+        if history["key"] != key:
+            return None
+        tensors = load_tensors(content)
+    except (ValueError, KeyError, SafetensorError):
+        raise UserError(f"{path} is damaged. Pass --overwrite to begin from the first iteration.") from None
     return Clustering(tensors["centers"], tensors["counts"], tuple(history["objective"]), tuple(history["num_splits"]))
 
 

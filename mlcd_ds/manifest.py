@@ -7,6 +7,7 @@ moment leaves either the old file or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -83,9 +84,9 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> FileRecord:
 
     `write` is handed a binary file. Raises UserError naming the file when the disk is full or not writable.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             write(file)
             file.flush()
@@ -93,7 +94,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> FileRecord:
         record = record_of(partial)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UserError(
             f"{path}: cannot be written ({error.strerror}). Free the disk or choose another --out."
         ) from None

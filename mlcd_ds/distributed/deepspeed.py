@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,14 @@ def _refuse_auto(value: Any, path: Path, key: str) -> None:
             _refuse_auto(inner, path, f"{key}.{name}".lstrip("."))
 
 
+def choose_accelerator() -> None:
+    """Tell DeepSpeed, before it is imported, what it would otherwise guess with a warning."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def check_zero_section(config: dict[str, Any], path: Path) -> int:
     """Validate `zero_optimization` by DeepSpeed's own model; returns the stage."""
+    choose_accelerator()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
@@ -99,9 +106,11 @@ def check_zero_section(config: dict[str, Any], path: Path) -> int:
 
 def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
     """Wrap the backbone. The process group is up already; the head stays outside (see docs/design.md)."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    choose_accelerator()
     import deepspeed
 
+    # DeepSpeed calls collectives by names that torch 2.13 has replaced: nothing a user could do about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.logger.setLevel(logging.WARNING)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine

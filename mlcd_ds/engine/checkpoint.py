@@ -71,17 +71,15 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self._group.barrier()
-        problem = None
         try:
             self._write(partial)
+            records = self._records(partial)
         except (OSError, RuntimeError, UserError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        problems = [text for text in self._group.gather_objects(problem) if text]
-        if problems:
-            if self._group.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"{final} cannot be written ({problems[0]}). Free the disk; earlier checkpoints are whole.")
-        records = self._records(partial)
+            # The other ranks may wait in a collective: this rank ends, and its launcher ends them.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"{final} cannot be written ({type(error).__name__}: {error}). Free the disk; earlier ones are whole."
+            ) from None
         if self._group.is_main:
             manifest = CheckpointManifest(
                 step=step,
@@ -95,11 +93,12 @@ class Checkpointer:
                 git_commit=self._git_commit,
             )
             write_json(partial / CHECKPOINT_NAME, manifest.model_dump(mode="json"))
-            shutil.rmtree(final, ignore_errors=True)
             os.rename(partial, final)
             fsync_folder(self._folder)
             for old in checkpoint_folders(self._recipe.train.out)[: -self._recipe.train.keep_checkpoints]:
-                shutil.rmtree(old)
+                doomed = old.with_name(f".{old.name}.partial")  # a kill while removing must not leave half of it
+                os.rename(old, doomed)
+                shutil.rmtree(doomed)
         self._group.barrier()
         return final
 
@@ -123,6 +122,9 @@ class Checkpointer:
 
     def resume(self) -> int:
         """Restore the newest checkpoint; returns the number of steps done, 0 when there is none. Collective."""
+        if self._group.is_main:
+            for partial in self._folder.glob(".step_*.partial"):  # of a run that was killed
+                shutil.rmtree(partial, ignore_errors=True)
         folders = checkpoint_folders(self._recipe.train.out)
         if not folders:
             return 0

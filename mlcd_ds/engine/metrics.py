@@ -18,6 +18,7 @@ from mlcd_ds.data.crops import center_boxes
 from mlcd_ds.data.dali import EncodedBatch, ImageDecoder, PixelFormat
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
+from mlcd_ds.errors import UserError
 from mlcd_ds.manifest import write_atomic
 
 METRICS_NAME = "metrics.jsonl"
@@ -36,13 +37,15 @@ class RunLog:
             entries = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in entries if json.loads(line)["step"] <= first_step]
         write_atomic(self._path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
-        self._file = open(self._path, "a")
+        self._file = open(self._path, "ab", buffering=0)  # nothing is left for close() to fail on
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One entry: `page/name` -> value after `step` steps."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written ({error.strerror}). Free the disk, start again.") from None
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 

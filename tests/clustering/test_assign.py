@@ -1,0 +1,93 @@
+"""`mlcd assign` against brute force in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from embeddings_maker import blobs, write_embeddings
+
+from mlcd_ds import assign
+from mlcd_ds.assign import nearest_centers
+from mlcd_ds.cluster import ClusterManifest
+from mlcd_ds.cluster import main as cluster
+from mlcd_ds.clustering.assigners import FaissAssigner
+from mlcd_ds.clustering.embedding_store import EmbeddingStore
+from mlcd_ds.clustering.kmeans import unit
+from mlcd_ds.data.label_store import LabelManifest
+from mlcd_ds.manifest import read_manifest
+
+TIE = 2e-6  # similarities closer than this may come in either order; measured rounding: 2e-7
+
+
+def assert_nearest(labels_NP: np.ndarray, rows_NE: np.ndarray, centers_CE: np.ndarray) -> None:
+    """Different centres, nearest first, and none left out is nearer than one that was taken (ties aside)."""
+    number, num_labels = labels_NP.shape
+    assert number == len(rows_NE)
+    similarity_NC = rows_NE.astype(np.float64) @ centers_CE.astype(np.float64).T
+    best_NP = -np.sort(-similarity_NC, axis=1)[:, :num_labels]
+    got_NP = np.take_along_axis(similarity_NC, labels_NP.astype(np.int64), axis=1)
+    assert np.abs(got_NP - best_NP).max() < TIE
+    assert all(len(set(row)) == num_labels for row in labels_NP.tolist())
+
+
+@pytest.fixture
+def problem() -> tuple[np.ndarray, np.ndarray]:
+    """Rows and centres."""
+    generator = np.random.default_rng(0)
+    (rows,) = blobs((500,), dim=24, num_blobs=9)
+    return rows, unit(generator.standard_normal((40, 24))).astype(np.float32)
+
+
+@pytest.mark.parametrize("num_labels", [1, 8, 40])
+def test_labels_are_the_nearest_centres(
+    problem: tuple[np.ndarray, np.ndarray], num_labels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, centers = problem
+    monkeypatch.setattr(assign, "BLOCK_ROWS", 64)
+    assigner = FaissAssigner(24, use_gpu=False)
+    assigner.set_centers(centers[::-1])
+    assigner.set_centers(centers)  # replaces
+    labels = nearest_centers(assigner, rows, num_labels)
+    assert labels.dtype == np.int32 and labels.shape == (500, num_labels)
+    assert_nearest(labels, rows, centers)
+    for bad in (np.roll(labels, 1, axis=0), (labels + 1) % 40):
+        with pytest.raises(AssertionError):
+            assert_nearest(bad, rows, centers)
+    if num_labels > 1:
+        with pytest.raises(AssertionError):
+            assert_nearest(labels[:, ::-1], rows, centers)  # known-bad twin: farthest first
+
+
+def test_no_rows_give_no_labels() -> None:
+    assigner = FaissAssigner(4, use_gpu=False)
+    assigner.set_centers(np.eye(4, dtype=np.float32))
+    assert nearest_centers(assigner, np.zeros((0, 4), np.float16), 3).shape == (0, 3)
+
+
+def test_the_stages_label_every_row_of_every_shard(tmp_path: Path) -> None:
+    folders = [str(tmp_path / name) for name in ("embeddings", "clusters", "labels")]
+    shards = blobs((50, 0, 3, 70), dim=16, num_blobs=6)
+    write_embeddings(tmp_path / "embeddings", shards, index="fingerprint of the index")
+    arguments = ["--embeddings", folders[0], "--num-centers", "10", "--num-iterations", "4", "--out", folders[1]]
+    assert cluster(arguments) == 0
+    arguments = ["--embeddings", folders[0], "--clusters", folders[1], "--num-labels", "3", "--out", folders[2]]
+    assert assign.main(arguments) == 0
+    centers = np.load(tmp_path / "clusters" / "centers.npy")
+    assert centers.shape == (10, 16) and np.allclose(np.linalg.norm(centers, axis=1), 1, atol=1e-6)
+    manifest = read_manifest(tmp_path / "labels", LabelManifest, "assign")
+    assert set(manifest.files) == {"00000.npy", "00002.npy", "00003.npy", "sizes.npy"}
+    assert (manifest.num_images, manifest.num_labels, manifest.num_centers) == (123, 3, 10)
+    assert manifest.inputs == {
+        "index": "fingerprint of the index",
+        "embeddings": EmbeddingStore(tmp_path / "embeddings").manifest.fingerprint,
+        "clusters": read_manifest(tmp_path / "clusters", ClusterManifest, "cluster").fingerprint,
+    }
+    labels = {name: np.load(tmp_path / "labels" / name) for name in manifest.files}
+    sizes = labels.pop("sizes.npy")
+    for name, labels_NP in labels.items():
+        assert labels_NP.dtype == np.int32
+        assert_nearest(labels_NP, shards[int(name[:5])], centers)
+    nearest = np.concatenate([labels_NP[:, 0] for labels_NP in labels.values()])
+    assert sizes.dtype == np.int64 and np.array_equal(sizes, np.bincount(nearest, minlength=10))

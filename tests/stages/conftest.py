@@ -1,0 +1,14 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "data_pipeline"))  # shard_maker
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All stages before training on three small shards, in `shards`, `index`, ... of one folder. Only to be read."""
+    from commands import run_all
+
+    return run_all(tmp_path_factory.mktemp("stages"))
