@@ -127,7 +127,7 @@ def run(options: Options, context: stage.Context) -> None:
     if train.manifest.fingerprint == test.manifest.fingerprint:
         raise UserError(f"--train-index and --test-index are the same images ({options.test_index}): hold some out.")
     for index in (train, test):
-        index.check_shards()
+        index.check_shards(context.group.rank, context.group.size)
     encoder = load_encoder(options.model)
     weights = encoder.fingerprint()
     wanted = EvaluationManifest(

@@ -25,6 +25,7 @@ from mlcd_ds import stage
 from mlcd_ds.config import Recipe, changed_keys, dump_recipe, load_recipe, recipe_names
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.shard_index import ShardIndex
+from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.deepspeed import check_zero_section, fill_ds_config, read_ds_config
 from mlcd_ds.engine.stopping import EXIT_REQUEUE, StopRequest
 from mlcd_ds.engine.trainer import BatchPlan, Trainer, plan_batches
@@ -95,7 +96,7 @@ def resolve_ds_config(path: Path, recipe: Recipe, plan: BatchPlan) -> dict:
     return config
 
 
-def open_data(recipe: Recipe) -> tuple[ShardIndex, LabelStore]:
+def open_data(recipe: Recipe, group: Group) -> tuple[ShardIndex, LabelStore]:
     """Open and cross-check index, labels and shards."""
     for key in ("index", "labels"):
         if getattr(recipe.data, key) is None:
@@ -103,7 +104,7 @@ def open_data(recipe: Recipe) -> tuple[ShardIndex, LabelStore]:
             raise UserError(f"data.{key} is not given: add data.{key}=FOLDER, made by `mlcd {stage_name}`.")
     index = ShardIndex(recipe.data.index)
     labels = LabelStore(recipe.data.labels, index)
-    index.check_shards()
+    index.check_shards(group.rank, group.size)
     if index.num_images < recipe.train.global_batch:
         raise UserError(f"train.global_batch {recipe.train.global_batch} is more than the {index.num_images} images.")
     return index, labels
@@ -125,7 +126,7 @@ def describe(recipe: Recipe, ds_config: dict, plan: BatchPlan, context: stage.Co
     if recipe.data.index is None or recipe.data.labels is None:
         lines.append("# data: data.index and data.labels are not given; a real run needs them")
     else:
-        index, labels = open_data(recipe)
+        index, labels = open_data(recipe, context.group)
         local = class_range(labels.num_centers, ranks, context.group.rank)
         lines.append(
             f"# data: {index.num_images} images, {labels.num_labels} labels each of {labels.num_centers} centres"
@@ -157,7 +158,7 @@ def run(args: argparse.Namespace, context: stage.Context) -> int:
     if args.dry_run:
         describe(recipe, ds_config, plan, context)
         return 0
-    index, labels = open_data(recipe)
+    index, labels = open_data(recipe, context.group)
     claim_folder(recipe, context)
     out = recipe.train.out
     if is_done(recipe, index, labels):

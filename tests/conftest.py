@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from distributed_harness import TinyData, quiet_environment
 
 SHARD = Path(__file__).resolve().parents[1] / "demo/shards/test/00000.tar"
 NUM_IMAGES, NUM_CENTERS, NUM_LABELS = 100, 25, 4  # 25 divides by neither 2 nor 3
 STAGE_TIMEOUT_S = 120
 
 
-@dataclass(frozen=True)
-class TinyData:
-    """Folders of the stages before training, over `NUM_IMAGES` images in one shard."""
-
-    shard: Path
-    index: Path
-    embeddings: Path
-    clusters: Path
-    labels: Path
-
-
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def quiet_environment() -> dict[str, str]:
-    """For child processes: one thread each, no launcher's variables, plain CPU."""
-    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {key: value for key, value in os.environ.items() if key not in launchers}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def cut_tar(source: Path, target: Path, num_samples: int) -> None:
@@ -57,14 +38,14 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     folder = tmp_path_factory.mktemp("tiny-data")
     data = TinyData(folder / "00000.tar", *(folder / name for name in ("index", "embeddings", "clusters", "labels")))
     cut_tar(SHARD, data.shard, NUM_IMAGES)
-    commands = {
+    commands: dict[str, list[object]] = {
         "index": ["--shards", data.shard, "--out", data.index],
         "embed": ["--index", data.index, "--encoder", "pixels@8", "--out", data.embeddings],
-        "cluster": ["--embeddings", data.embeddings, "--num-centers", NUM_CENTERS, "--num-iterations", 5]
-        + ["--out", data.clusters],
-        "assign": ["--embeddings", data.embeddings, "--clusters", data.clusters, "--num-labels", NUM_LABELS]
-        + ["--out", data.labels],
+        "cluster": ["--embeddings", data.embeddings, "--out", data.clusters],
+        "assign": ["--embeddings", data.embeddings, "--clusters", data.clusters, "--out", data.labels],
     }
+    commands["cluster"] += ["--num-centers", NUM_CENTERS, "--num-iterations", 5]
+    commands["assign"] += ["--num-labels", NUM_LABELS]
     for stage, arguments in commands.items():
         command = [sys.executable, "-m", f"mlcd_ds.{stage}", *map(str, arguments)]
         done = subprocess.run(

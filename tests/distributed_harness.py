@@ -1,13 +1,18 @@
-"""Run a function on several gloo ranks, and compare tensors so that a comparison cannot pass by accident."""
+"""Run a function on several gloo ranks, and compare tensors so that a comparison cannot pass by accident.
+
+Also what tests import beside fixtures: every folder has a conftest, so none can be imported by that name.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +27,7 @@ POLL_S = 0.02
 COLLECTIVE_TIMEOUT_S = 60.0
 
 
-class RankFailed(Exception):
+class RankError(Exception):
     """Holds the traceback of a rank as text; the cause of the exception that `run_ranks` raises again."""
 
     def __str__(self) -> str:
@@ -96,7 +101,7 @@ def _raise_first_error(folder: Path, exit_codes: list[int | None]) -> None:
     errors = sorted(folder.glob("error*"), key=lambda path: path.stat().st_mtime_ns)
     if errors:
         text, error = pickle.loads(errors[0].read_bytes())
-        raise error or RuntimeError("a rank failed") from RankFailed(text)
+        raise error or RuntimeError("a rank failed") from RankError(text)
     if any(exit_codes):
         raise RuntimeError(f"exit codes of the ranks: {exit_codes}, without a Python error")
 
@@ -129,3 +134,21 @@ def _check_comparable(name: str, got: Tensor, expected: Tensor) -> None:
     assert not same, f"{name}: a tensor is compared with itself"
     assert torch.isfinite(got).all(), f"{name}: not finite"
     assert torch.isfinite(expected).all(), f"{name}: what is expected is not finite"
+
+
+@dataclass(frozen=True)
+class TinyData:
+    """Folders of the stages before training, over `NUM_IMAGES` images in one shard."""
+
+    shard: Path
+    index: Path
+    embeddings: Path
+    clusters: Path
+    labels: Path
+
+
+def quiet_environment() -> dict[str, str]:
+    """For child processes: one thread each, no launcher's variables, plain CPU."""
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {key: value for key, value in os.environ.items() if key not in launchers}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}

@@ -67,19 +67,38 @@ class Checkpointer:
         """
         final = self._folder / f"step_{step:08d}"
         partial = self._folder / f".{final.name}.partial"
-        if self._group.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self._group.barrier()
         try:
-            self._write(partial)
-            records = self._records(partial)
+            self._write(partial, step)
+            if self._group.is_main:
+                os.rename(partial, final)
+                fsync_folder(self._folder)
         except (OSError, RuntimeError, UserError) as error:
             # The other ranks may wait in a collective: this rank ends, and its launcher ends them.
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
                 f"{final} cannot be written ({type(error).__name__}: {error}). Free the disk; earlier ones are whole."
             ) from None
+        if self._group.is_main:
+            for old in checkpoint_folders(self._recipe.train.out)[: -self._recipe.train.keep_checkpoints]:
+                doomed = old.with_name(f".{old.name}.partial")  # a kill while removing must not leave half of it
+                os.rename(old, doomed)
+                shutil.rmtree(doomed)
+        self._group.barrier()
+        return final
+
+    def _write(self, partial: Path, step: int) -> None:
+        """All files of a checkpoint, its manifest last. Collective."""
+        if self._group.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self._group.barrier()
+        save_engine(self._engine, partial)
+        save_head(partial, self._head, self._head_optimizer)
+        weights = full_fp32_parameters(self._engine)
+        if self._group.is_main:
+            write_atomic(partial / BACKBONE_NAME, lambda file: file.write(save(weights)))
+        self._group.barrier()
+        records = self._records(partial)
         if self._group.is_main:
             manifest = CheckpointManifest(
                 step=step,
@@ -93,21 +112,6 @@ class Checkpointer:
                 git_commit=self._git_commit,
             )
             write_json(partial / CHECKPOINT_NAME, manifest.model_dump(mode="json"))
-            os.rename(partial, final)
-            fsync_folder(self._folder)
-            for old in checkpoint_folders(self._recipe.train.out)[: -self._recipe.train.keep_checkpoints]:
-                doomed = old.with_name(f".{old.name}.partial")  # a kill while removing must not leave half of it
-                os.rename(old, doomed)
-                shutil.rmtree(doomed)
-        self._group.barrier()
-        return final
-
-    def _write(self, partial: Path) -> None:
-        save_engine(self._engine, partial)
-        save_head(partial, self._head, self._head_optimizer)
-        weights = full_fp32_parameters(self._engine)
-        if self._group.is_main:
-            write_atomic(partial / BACKBONE_NAME, lambda file: file.write(save(weights)))
 
     def _records(self, folder: Path) -> dict[str, FileRecord]:
         """Flush and sum up all files, dealt over the ranks. Collective."""

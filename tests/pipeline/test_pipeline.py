@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from distributed_harness import TinyData, quiet_environment
 from safetensors.torch import load_file
-from tests.conftest import TinyData, quiet_environment
 
 from mlcd_ds.config import load_recipe, recipe_names
 from mlcd_ds.data.dali import clip_pixels

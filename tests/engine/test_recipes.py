@@ -1,0 +1,254 @@
+"""Recipes, DeepSpeed configs, schedule and optimizer groups: what a user writes, and what becomes of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from mlcd_ds.config import (
+    OptimizerConfig,
+    Recipe,
+    apply_override,
+    changed_keys,
+    dump_recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_names,
+)
+from mlcd_ds.distributed.deepspeed import ELSEWHERE, check_zero_section, fill_ds_config, read_ds_config
+from mlcd_ds.engine.optimizer import backbone_optimizer, set_learning_rate
+from mlcd_ds.engine.schedule import warmup_cosine
+from mlcd_ds.errors import UserError
+from mlcd_ds.models.vit import ViT, ViTConfig
+
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+MODEL = {"image_size": 32, "patch_size": 16, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64, "embed_dim": 16}
+
+
+def content(**sections: dict[str, Any]) -> dict[str, Any]:
+    """A small valid recipe, with some sections changed."""
+    base: dict[str, Any] = {
+        "description": "a test",
+        "model": dict(MODEL),
+        "data": {"num_streams": 6},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 2},
+        "train": {"steps": 8, "global_batch": 24, "precision": "fp32"},
+    }
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values}
+    return base
+
+
+# --- schedule
+
+
+def test_schedule_rises_linearly_and_falls_by_half_a_cosine() -> None:
+    rates = [warmup_cosine(s, steps=101, warmup_steps=10, peak=2.0, final_fraction=0.1) for s in range(101)]
+    assert rates[:10] == pytest.approx([0.2 * (s + 1) for s in range(10)])
+    assert rates[9] == rates[10] == 2.0 and max(rates) == 2.0
+    assert rates[55] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))  # half-way
+    assert rates[100] == pytest.approx(0.2)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+
+
+@pytest.mark.parametrize(("steps", "warmup_steps"), [(1, 0), (2, 1), (3, 2), (2, 0)])
+def test_schedule_of_very_short_runs_is_finite_and_positive_before_the_end(steps: int, warmup_steps: int) -> None:
+    rates = [
+        warmup_cosine(s, steps=steps, warmup_steps=warmup_steps, peak=1.0, final_fraction=0.0) for s in range(steps)
+    ]
+    assert all(math.isfinite(rate) and rate >= 0 for rate in rates) and rates[0] > 0
+
+
+# --- optimizer groups
+
+
+def test_decay_is_on_matrices_only() -> None:
+    model = ViT(ViTConfig(**MODEL))
+    optimizer = backbone_optimizer(model, OptimizerConfig(lr=1e-3, weight_decay=0.2, warmup_steps=0))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, plain = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
+    assert decayed | plain == set(names.values()) and not decayed & plain, "every parameter is in one group"
+    assert all(name.endswith(("norm.weight", "bias")) or "norm" in name or "embed" in name for name in plain), plain
+    assert any("class_embedding" in name for name in plain) and any("position_embedding" in name for name in plain)
+    assert "projection.weight" in decayed and any("patch_embedding" in name for name in decayed)
+    assert all(dict(model.named_parameters())[name].ndim >= 2 for name in decayed)
+    set_learning_rate(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+# --- DeepSpeed's JSON
+
+
+def write(tmp_path: Path, config: Any) -> Path:
+    path = tmp_path / "ds.json"
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(DS_CONFIGS.glob("*.json")), ids=lambda path: path.name)
+def test_our_configs_pass_their_own_checks(path: Path) -> None:
+    config = read_ds_config(path)
+    assert check_zero_section(config, path) in (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("key", ["zero_optimisation", "gradient_cliping", "Optimizer"])
+def test_unknown_keys_are_named(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path, {key: 1})
+    with pytest.raises(UserError, match=f"{path}: unknown key '{key}'"):
+        read_ds_config(path)
+
+
+@pytest.mark.parametrize("key", ELSEWHERE)
+def test_keys_of_the_recipe_are_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(UserError, match=f"'{key}' is not set here"):
+        read_ds_config(write(tmp_path, {key: {"type": "AdamW"}}))
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        read_ds_config(tmp_path / "absent.json")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_ds_config(write(tmp_path, "{"))
+
+
+def test_a_contradiction_names_both_sides() -> None:
+    values = {"train_batch_size": (24, "train.global_batch in the recipe"), "bf16.enabled": (False, "train.precision")}
+    filled = fill_ds_config({"train_batch_size": "auto", "bf16": {"enabled": False}}, Path("ds.json"), values)
+    assert filled == {"train_batch_size": 24, "bf16": {"enabled": False}}
+    assert fill_ds_config({}, Path("ds.json"), values) == filled, "what is not said is filled in"
+    with pytest.raises(UserError, match=r"train_batch_size is 32, but train.global_batch in the recipe makes it 24"):
+        fill_ds_config({"train_batch_size": 32}, Path("ds.json"), values)
+    with pytest.raises(UserError, match=r"bf16.enabled is True, but train.precision makes it False"):
+        fill_ds_config({"bf16": {"enabled": True}}, Path("ds.json"), values)
+
+
+def test_filling_leaves_the_file_s_own_content_alone() -> None:
+    config = {"bf16": {"enabled": "auto"}}
+    fill_ds_config(config, Path("ds.json"), {"bf16.enabled": (True, "x")})
+    assert config == {"bf16": {"enabled": "auto"}}
+
+
+def test_auto_that_nobody_fills_is_named() -> None:
+    with pytest.raises(UserError, match=r"zero_optimization.reduce_bucket_size cannot be \"auto\""):
+        fill_ds_config({"zero_optimization": {"reduce_bucket_size": "auto"}}, Path("ds.json"), {})
+
+
+def test_a_misspelt_zero_key_is_named() -> None:
+    with pytest.raises(UserError, match="overlap_com"):
+        check_zero_section({"zero_optimization": {"stage": 1, "overlap_com": True}}, Path("ds.json"))
+    assert check_zero_section({"zero_optimization": {"stage": 2}}, Path("ds.json")) == 2
+
+
+@pytest.mark.parametrize("section", [{"bf16": True}, {"zero_optimization": 1}])
+def test_a_value_where_a_section_belongs_is_named(section: dict[str, Any]) -> None:
+    key = next(iter(section))
+    with pytest.raises(UserError, match=key):
+        filled = fill_ds_config(section, Path("ds.json"), {"bf16.enabled": (False, "train.precision")})
+        check_zero_section(filled, Path("ds.json"))
+
+
+def test_a_config_that_is_no_mapping_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="mapping"):
+        read_ds_config(write(tmp_path, "[1]"))
+
+
+# --- recipes
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_load_and_say_what_to_expect(name: str) -> None:
+    assert len(load_recipe(name).description) > 20
+
+
+def test_dump_and_load_round_trip(tmp_path: Path) -> None:
+    recipe = parse_recipe(content(data={"index": "a/b"}, head={"sample_rate": 0.5}), "here")
+    path = tmp_path / "again.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(str(path)) == recipe
+    assert changed_keys(recipe, load_recipe(str(path))) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"train": {"global_bach": 1}}, "train.global_bach.*Did you mean global_batch"),
+        ({"trian": {}}, "trian.*Did you mean train"),
+        ({"head": {"sample_rates": 1}}, "Did you mean sample_rate"),
+        ({"data": {"augment": {"flp": True}}}, "Did you mean flip"),
+        ({"model": {"dept": 1}}, "Did you mean depth"),
+        ({"train": {"zzz": 1}}, "Known keys: out, steps"),
+        ({"head": {"sample_rate": 0.0}}, "head.sample_rate.*greater than 0"),
+        ({"head": {"sample_rate": 1.5}}, "head.sample_rate.*1.5"),
+        ({"train": {"precision": "int8"}}, "train.precision.*int8"),
+        ({"train": {"global_batch": 20}}, "train.global_batch 20 .*data.num_streams 6"),
+        ({"optimizer": {"warmup_steps": 8}}, "optimizer.warmup_steps 8 .*train.steps 8"),
+        ({"model": {"patch_size": 15}}, "image_size 32 is not a multiple of patch_size 15"),
+        ({"objective": {"scale": 130.0, "margin": 0.9}}, "scale 130.0 with margin 0.9"),
+    ],
+)
+def test_a_bad_recipe_names_place_and_fix(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^here: .*{message}"):
+        parse_recipe(content(**sections), "here")
+
+
+def test_recipes_are_frozen() -> None:
+    recipe = parse_recipe(content(), "here")
+    with pytest.raises(ValidationError):
+        recipe.train.steps = 3
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.steps=12", 12),
+        ("optimizer.lr=1e-3", 1e-3),
+        ("optimizer.betas=[0.8, 0.9]", [0.8, 0.9]),
+        ("data.augment.flip=false", False),
+        ("train.micro_batch_per_rank=null", None),
+        ("data.index=some/path", "some/path"),
+        ("description=a=b", "a=b"),
+    ],
+)
+def test_overrides_are_yaml_values(override: str, expected: Any) -> None:
+    target = content()
+    apply_override(target, override)
+    for key in override.split("=")[0].split("."):
+        target = target[key]
+    assert target == expected
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", "train.steps.more=1", "train.steps=[1"])
+def test_bad_overrides_are_quoted(override: str) -> None:
+    with pytest.raises(UserError) as caught:
+        apply_override(content(), override)
+    assert repr(override) in str(caught.value)
+
+
+def test_recipe_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    with pytest.raises(UserError, match=r"no such file, and not one of demo"):
+        load_recipe("nosuch")
+    for text, message in [("a: [", "not valid YAML"), ("- 1", "must hold a mapping"), ("", "must hold a mapping")]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_recipe(str(path))
+    path.write_text(yaml.safe_dump({**content(), "train": None}))
+    with pytest.raises(UserError, match="train"):
+        load_recipe(str(path))
+    with pytest.raises(UserError, match=r"train\.steps"):
+        load_recipe(str(path), ("train.steps=3x",))
+
+
+def test_changed_keys_are_dotted() -> None:
+    old = parse_recipe(content(), "here")
+    new = parse_recipe(content(optimizer={"lr": 2e-3}, data={"augment": {"flip": False}}), "here")
+    assert changed_keys(old, new) == ["data.augment.flip", "optimizer.lr"]
+    assert isinstance(new, Recipe)

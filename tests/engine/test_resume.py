@@ -1,0 +1,180 @@
+"""Runs that are killed, stopped, damaged or out of disk: what they resume from, and what they say."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_harness import TinyData, quiet_environment
+from training_runs import Training, checkpoints, curves, final_bytes, metrics, start, write_recipe
+
+pytestmark = pytest.mark.pipeline
+# Long enough to be killed in time: a step takes about 10 ms.
+LONG = ("train.steps=60", "train.checkpoint_every=20", "head.sample_rate=0.5")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where this module's runs stand."""
+
+    folder: Path
+    recipe: Path
+
+    def start(self, name: str, *overrides: str, run: tuple[str, int] = ("python", 1)) -> Training:
+        return start(self.recipe, self.folder / name, *overrides, run=run, env=quiet_environment())
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    folder = tmp_path_factory.mktemp("resume")
+    return Bench(folder, write_recipe(folder / "tiny.yaml", tiny_data.index, tiny_data.labels))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(bench: Bench) -> Path:
+    """A finished run of `LONG` on one rank."""
+    training = bench.start("uninterrupted", *LONG)
+    assert training.wait() == 0, training.text
+    return training.out
+
+
+@pytest.fixture(scope="module")
+def stopped(bench: Bench) -> Training:
+    """A run of 100,000 steps that SIGTERM has ended."""
+    training = bench.start("stopped", "train.steps=100000", "train.checkpoint_every=20", "train.keep_checkpoints=2")
+    training.until_step(45)
+    training.process.send_signal(signal.SIGTERM)
+    training.wait()
+    return training
+
+
+@pytest.fixture
+def copy(stopped: Training, bench: Bench, request: pytest.FixtureRequest) -> str:
+    """Name of a copy of the stopped run, for this test alone."""
+    name = request.node.name
+    shutil.copytree(stopped.out, bench.folder / name)
+    return name
+
+
+def assert_same_end(got: Path, expected: Path) -> None:
+    assert torch.equal(curves(got), curves(expected)), "logged losses"
+    got_files, expected_files = final_bytes(got), final_bytes(expected)
+    assert got_files.keys() == expected_files.keys()
+    for name, content in expected_files.items():
+        assert got_files[name] == content, name
+
+
+def test_a_run_killed_three_times_ends_as_if_nothing_had_happened(bench: Bench, uninterrupted: Path) -> None:
+    training = bench.start("killed", *LONG)
+    training.until_step(5)
+    training.kill()
+    assert not checkpoints(training.out), "killed before the first checkpoint"
+
+    training = bench.start("killed", *LONG)
+    training.kill_inside_a_save()
+    assert any((training.out / "checkpoints").glob(".step_*.partial"))
+
+    training = bench.start("killed", *LONG)
+    training.until_step(25)
+    training.kill()
+    assert [path.name for path in checkpoints(training.out)][:1] == ["step_00000020"]
+    assert len(metrics(training.out)) < 60
+
+    training = bench.start("killed", *LONG)
+    assert training.wait() == 0, training.text
+    assert_same_end(training.out, uninterrupted)
+    assert not any((training.out / "checkpoints").glob(".*")), "left-overs of the kills are gone"
+
+
+def test_two_ranks_resume_bit_for_bit(bench: Bench) -> None:
+    whole = bench.start("whole-2", *LONG, run=("torchrun", 2))
+    assert whole.wait() == 0, whole.text
+    training = bench.start("killed-2", *LONG, run=("torchrun", 2))
+    training.until_step(30)
+    training.kill()
+    assert [path.name for path in checkpoints(training.out)] == ["step_00000020"]
+    training = bench.start("killed-2", *LONG, run=("torchrun", 2))
+    assert training.wait() == 0, training.text
+    assert_same_end(training.out, whole.out)
+
+
+def test_another_seed_ends_elsewhere(bench: Bench, uninterrupted: Path) -> None:
+    """The known-bad twin: the comparison of final files can fail."""
+    training = bench.start("other-seed", *LONG, "train.seed=2")
+    assert training.wait() == 0, training.text
+    with pytest.raises(AssertionError):
+        assert_same_end(training.out, uninterrupted)
+    different = [
+        name for name, content in final_bytes(uninterrupted).items() if final_bytes(training.out)[name] != content
+    ]
+    assert len(different) == 2
+
+
+def test_sigterm_saves_and_asks_to_be_started_again(stopped: Training) -> None:
+    assert stopped.process.returncode == 85, stopped.text
+    newest = checkpoints(stopped.out)[-1]
+    assert int(newest.name.removeprefix("step_")) == len(metrics(stopped.out)) >= 45
+    assert "Start again" in stopped.text and "Traceback" not in stopped.text
+
+
+def one_message(training: Training) -> str:
+    """The single error message of a run that ended with status 2, without a stack trace."""
+    assert training.wait() == 2, training.text
+    errors = [line for line in training.text.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "Traceback" not in training.text, training.text
+    return errors[0]
+
+
+@pytest.mark.parametrize("name", ["backbone.safetensors", "engine/mp_rank_00_model_states.pt", "checkpoint.json"])
+def test_a_damaged_checkpoint_is_named_with_the_fix(bench: Bench, copy: str, name: str) -> None:
+    newest = checkpoints(bench.folder / copy)[-1]
+    content = bytearray((newest / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / name).write_bytes(content if name != "checkpoint.json" else content[:-20])
+    overrides = ("train.steps=100000", "train.checkpoint_every=20", "train.keep_checkpoints=2")
+    message = one_message(bench.start(copy, *overrides))
+    assert str(newest / name) in message and f"Remove {newest}" in message
+
+
+def test_another_number_of_ranks_is_named(bench: Bench, copy: str) -> None:
+    training = bench.start(copy, "train.steps=100000", run=("torchrun", 2))
+    assert training.wait() != 0
+    assert "was saved by 1 ranks, 2 were started" in training.text
+
+
+def test_a_changed_key_is_named(bench: Bench, copy: str) -> None:
+    message = one_message(bench.start(copy, "train.steps=100000", "optimizer.lr=2e-3"))
+    assert "another optimizer.lr: choose another train.out" in message
+
+
+@pytest.fixture
+def small_disk(bench: Bench) -> Iterator[Path]:
+    """A file system with room for one checkpoint and a half, at full-disk/checkpoints."""
+    folder = bench.folder / "full-disk" / "checkpoints"
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_message_and_the_run_goes_on_later(
+    bench: Bench, small_disk: Path, uninterrupted: Path
+) -> None:
+    training = bench.start("full-disk", *LONG)
+    message = one_message(training)
+    assert str(small_disk / "step_00000040") in message and "Free the disk" in message
+    assert [path.name for path in small_disk.iterdir()] == ["step_00000020"], "only what is whole is left"
+
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    training = bench.start("full-disk", *LONG)
+    assert training.wait() == 0, training.text
+    assert_same_end(training.out, uninterrupted)

@@ -1,0 +1,133 @@
+"""Whole trainings through the real command lines: the same on any number of ranks, and as a plain loop computes it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from distributed_harness import TinyData, assert_close, assert_differs, quiet_environment
+from torch import Tensor
+from training_runs import checkpoints, curves, final_weights, start, tiny_recipe, write_recipe
+
+from mlcd_ds.data.dali import clip_pixels
+from mlcd_ds.data.label_store import LabelStore
+from mlcd_ds.data.loader import AugmentConfig, StreamSlice, TrainLoader
+from mlcd_ds.data.order import SampleOrder
+from mlcd_ds.data.shard_index import ShardIndex
+from mlcd_ds.models.vit import ViT, ViTConfig
+
+pytestmark = pytest.mark.pipeline
+RUNS = {
+    "one rank": (("python", 1), ()),
+    "two ranks": (("deepspeed", 2), ()),
+    "three ranks": (("torchrun", 3), ()),
+    "micro-batches": (("python", 1), ("train.micro_batch_per_rank=6",)),
+}
+# Measured over the three comparisons, relative to the largest entry: curves 3.2e-7, weights 3.5e-6 (a moment's rounding
+# over its root).
+CURVE_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 2e-5
+# A bias on all keys alike leaves a softmax as it is: no gradient but rounding, which AdamW blows up.
+WITHOUT_GRADIENT = "k_proj.bias"
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a finished run of `RUNS`; each runs once."""
+    folder = tmp_path_factory.mktemp("runs")
+    recipe = write_recipe(folder / "tiny.yaml", tiny_data.index, tiny_data.labels)
+
+    @functools.cache
+    def run(name: str) -> Path:
+        launcher, overrides = RUNS[name]
+        training = start(recipe, folder / name.replace(" ", "-"), *overrides, run=launcher, env=quiet_environment())
+        assert training.wait() == 0, training.text
+        return training.out
+
+    return run
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "one rank"])
+def test_ranks_and_micro_batches_do_not_change_the_training(finished: Callable[[str], Path], name: str) -> None:
+    expected, got = finished("one rank"), finished(name)
+    assert curves(expected).shape == (8, 5)
+    for column in range(5):
+        assert_close(f"curve {column}", curves(got)[:, column], curves(expected)[:, column], CURVE_TOLERANCE)
+    weights, expected_weights = final_weights(got), final_weights(expected)
+    assert weights.keys() == expected_weights.keys()
+    for key, expected_weight in expected_weights.items():
+        if expected_weight.any() and not key.endswith(WITHOUT_GRADIENT):
+            assert_close(key, weights[key], expected_weight, WEIGHT_TOLERANCE)
+
+
+def test_a_run_learns_and_tells_what_it_did(finished: Callable[[str], Path]) -> None:
+    out = finished("two ranks")
+    losses = curves(out)[:, 0]
+    assert losses[-1] < 0.8 * losses[0]
+    newest = checkpoints(out)[-1]
+    assert newest.name == "step_00000008" and len(list(newest.glob("head-*"))) == 2
+    assert (out / "config.yaml").exists() and (out / "manifest.json").exists() and (out / "tensorboard").is_dir()
+
+
+def plain_loop(data: TinyData, num_steps: int, lr: float, head_clip_norm: float, dtype: torch.dtype) -> Tensor:
+    """The recipe's training without DeepSpeed, shards or our head: [steps, 5] as `curves`."""
+    recipe = tiny_recipe(data.index, data.labels)
+    settings, steps, seed = recipe["optimizer"], recipe["train"]["steps"], recipe["train"]["seed"]
+    index = ShardIndex(data.index)
+    labels = LabelStore(data.labels, index)
+    order = SampleOrder(index.counts, recipe["data"]["num_streams"], recipe["data"]["shuffle_window"], seed)
+    part = StreamSlice(tuple(range(6)), 4, 1)
+    loader = TrainLoader(index, labels, order, part, clip_pixels(32), AugmentConfig(), torch.device("cpu"), 1)
+    backbone = ViT(ViTConfig(**recipe["model"]))
+    backbone.init_weights(torch.Generator().manual_seed(seed))
+    backbone.to(dtype)
+    rows = torch.randn(4096, 16, generator=torch.Generator().manual_seed(seed * 1_000_003))
+    centers_CE = (rows[: labels.num_centers] * 0.1).to(dtype).requires_grad_()
+    matrices = [p for n, p in backbone.named_parameters() if p.ndim > 1 and "position" not in n]
+    vectors = [p for n, p in backbone.named_parameters() if p.ndim == 1 or "position" in n]
+    groups = [{"params": [*matrices, centers_CE], "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6)
+    entries = []
+    batches = loader.batches(0)
+    for step in range(num_steps):
+        batch = next(batches)
+        negative, positive = dense_terms(
+            F.normalize(backbone(batch.images_B3SS.to(dtype))), centers_CE, batch.labels_BP
+        )
+        (negative + positive).backward()
+        norm = torch.nn.utils.clip_grad_norm_(backbone.parameters(), settings["clip_norm"])
+        head_norm = torch.nn.utils.clip_grad_norm_([centers_CE], head_clip_norm)
+        rate = lr * (step + 1) / 2 if step < 2 else lr * 0.5 * (1 + math.cos(math.pi * (step - 2) / (steps - 3)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        entries.append([value.item() for value in (negative + positive, negative, positive, norm, head_norm)])
+    batches.close()
+    loader.close()
+    return torch.tensor(entries, dtype=torch.float64)
+
+
+def dense_terms(emb_BE: Tensor, centers_CE: Tensor, labels_BP: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over the batch of log(1 + sum e^z) over the negatives and of log(1 + sum e^-z) over the positives."""
+    cosines_BC = emb_BE @ F.normalize(centers_CE).T
+    own_BC = torch.zeros_like(cosines_BC, dtype=torch.bool).scatter(1, labels_BP, True)
+    negative_B = torch.log1p(torch.exp(16 * cosines_BC).masked_fill(own_BC, 0).sum(dim=1))
+    positive_B = torch.log1p(torch.exp(-16 * (cosines_BC - 0.3)).masked_fill(~own_BC, 0).sum(dim=1))
+    return negative_B.mean(), positive_B.mean()
+
+
+def test_the_training_is_what_a_plain_loop_computes(tiny_data: TinyData, finished: Callable[[str], Path]) -> None:
+    got = curves(finished("one rank"))[:6]
+    expected = plain_loop(tiny_data, 6, 1e-3, 0.1, torch.float64)
+    # fp32 against float64: measured 4.1e-7.
+    for column in range(5):
+        assert_close(f"curve {column}", got[:, column], expected[:, column], CURVE_TOLERANCE)
+    other_rate = plain_loop(tiny_data, 6, 1.001e-3, 0.1, torch.float64)
+    assert_differs("learning rate off by a thousandth", got[:, 0], other_rate[:, 0], CURVE_TOLERANCE)
+    loose = plain_loop(tiny_data, 6, 1e-3, 5.0, torch.float64)  # AdamW hardly sees a factor on all gradients
+    assert_differs("head clipped at another norm", got[:, 3], loose[:, 3], CURVE_TOLERANCE)

@@ -1,0 +1,245 @@
+"""The sharded head: initial centres, accumulation, clipping, and its state on disk for other numbers of ranks."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_harness import assert_close, assert_differs, run_ranks
+from torch import Tensor
+
+from mlcd_ds.config import OptimizerConfig
+from mlcd_ds.distributed.collectives import Group
+from mlcd_ds.engine.optimizer import clip_sharded_gradient, head_optimizer
+from mlcd_ds.errors import UserError
+from mlcd_ds.heads.partial_fc import HeadConfig, PartialFCHead, attach_gradient, without_repeats
+from mlcd_ds.heads.state import load_head, save_head
+from mlcd_ds.objectives.mlcd import MLCDConfig, MLCDLoss
+
+NUM_CLASSES, DIM, GLOBAL_BATCH, NUM_LABELS = 37, 8, 18, 3
+MANY_CLASSES = 9001  # more than two blocks of initial centres
+RANK_COUNTS = (1, 2, 3)
+
+
+def make_head(group: Group, rate: float = 1.0, num_classes: int = NUM_CLASSES) -> PartialFCHead:
+    config = HeadConfig(sample_rate=rate, init_std=0.1)
+    head = PartialFCHead(num_classes, DIM, config, MLCDLoss(MLCDConfig(scale=16.0)), group, seed=3)
+    head.init_weights()
+    return head
+
+
+def make_batch(number: int, group: Group) -> tuple[Tensor, Tensor]:
+    """This rank's part of a global batch."""
+    generator = torch.Generator().manual_seed(number)
+    emb_GE = torch.nn.functional.normalize(torch.randn(GLOBAL_BATCH, DIM, generator=generator), dim=1)
+    labels_GP = torch.randint(NUM_CLASSES, (GLOBAL_BATCH, NUM_LABELS), generator=generator)
+    return emb_GE.tensor_split(group.size)[group.rank], labels_GP.tensor_split(group.size)[group.rank]
+
+
+def run_head(group: Group, folder: Path) -> dict[str, object]:
+    """Everything that one launch can show; writes the head's state to `folder`/R."""
+    initial = make_head(group, num_classes=MANY_CLASSES).weight_LE.detach().clone()
+
+    head = make_head(group, rate=0.5)
+    with torch.no_grad():
+        head.resample(4)
+        before = head.sampled_S.clone()
+        for number in (1, 2):
+            head(*make_batch(number, group))
+        after = head.sampled_S.clone()
+
+    head = make_head(group)
+    optimizer = head_optimizer(head, OptimizerConfig(lr=1e-2, warmup_steps=0))
+    for step in range(3):
+        head.resample(step)
+        head(*make_batch(step, group))
+        unclipped = head.weight_LE.grad.clone()
+        norm = clip_sharded_gradient(head.weight_LE, 0.05, group)
+        clipped = head.weight_LE.grad.clone()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    loose = head_grad_after_loose_clip(head, unclipped, group)
+    target = folder / str(group.size)
+    target.mkdir(exist_ok=True)
+    save_head(target, head, optimizer)
+
+    return {
+        "initial": initial,
+        "sampled": (before, after),
+        "unclipped": unclipped,
+        "norm": norm,
+        "clipped": clipped,
+        "loose": loose,
+        "state": state_of(head, optimizer),
+        "accumulated": accumulated_gradient(group, num_micro_batches=3),
+        "at once": accumulated_gradient(group, num_micro_batches=1),
+    }
+
+
+def head_grad_after_loose_clip(head: PartialFCHead, grad: Tensor, group: Group) -> Tensor:
+    head.weight_LE.grad = grad.clone()
+    clip_sharded_gradient(head.weight_LE, 1e3, group)
+    return head.weight_LE.grad.clone()
+
+
+def accumulated_gradient(group: Group, num_micro_batches: int) -> tuple[Tensor, Tensor]:
+    """Mean loss and the centres' gradient over the micro-batches of one global batch."""
+    head = make_head(group)
+    head.resample(0)
+    emb_BE, labels_BP = make_batch(7, group)
+    outputs = [
+        head(emb, labels, weight=1 / num_micro_batches)
+        for emb, labels in zip(emb_BE.chunk(num_micro_batches), labels_BP.chunk(num_micro_batches), strict=True)
+    ]
+    return torch.stack([output.loss for output in outputs]).mean(), head.weight_LE.grad
+
+
+def state_of(head: PartialFCHead, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {"weight": head.weight_LE.detach(), **optimizer.state[head.weight_LE]}
+
+
+def load_all(group: Group, folder: Path) -> dict[int, dict[str, Tensor]]:
+    """What this rank reads from the states of every number of ranks, and a step of the optimizer after it."""
+    loaded = {}
+    for num_writers in RANK_COUNTS:
+        head = make_head(group)
+        optimizer = head_optimizer(head, OptimizerConfig(lr=1e-2, warmup_steps=0))
+        load_head(folder / str(num_writers), head, optimizer)
+        state = {name: tensor.clone() for name, tensor in state_of(head, optimizer).items()}
+        head.resample(3)
+        head(*make_batch(3, group))
+        optimizer.step()
+        loaded[num_writers] = {**state, "next": head.weight_LE.detach(), "next step": state_of(head, optimizer)["step"]}
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("heads")
+
+
+@pytest.fixture(scope="module")
+def by_ranks(saved: Path) -> dict[int, list[dict]]:
+    return {num_ranks: run_ranks(run_head, num_ranks, saved) for num_ranks in RANK_COUNTS}
+
+
+def whole(ranks: list[dict], key: str) -> Tensor:
+    return torch.cat([rank[key] for rank in ranks])
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_initial_centres_do_not_depend_on_the_number_of_ranks(by_ranks: dict, num_ranks: int) -> None:
+    alone, shared = whole(by_ranks[1], "initial"), whole(by_ranks[num_ranks], "initial")
+    assert alone.shape == (MANY_CLASSES, DIM) and torch.equal(alone, shared)
+    assert abs(alone.std().item() - 0.1) < 1e-3 and abs(alone.mean().item()) < 2e-3
+    assert len(torch.unique(alone[:, 0])) > 0.99 * MANY_CLASSES, "blocks repeat each other"
+
+
+@pytest.mark.parametrize("num_ranks", RANK_COUNTS)
+def test_sampled_classes_do_not_depend_on_the_labels(by_ranks: dict, num_ranks: int) -> None:
+    for rank in by_ranks[num_ranks]:
+        before, after = rank["sampled"]
+        assert torch.equal(before, after) and len(before) == round(0.5 * len(rank["state"]["weight"]))
+
+
+@pytest.mark.parametrize("num_ranks", RANK_COUNTS)
+def test_clipping_by_the_norm_over_all_shards(by_ranks: dict, num_ranks: int) -> None:
+    ranks = by_ranks[num_ranks]
+    parameter = torch.nn.Parameter(torch.zeros(NUM_CLASSES, DIM, dtype=torch.float64))
+    parameter.grad = whole(ranks, "unclipped").double()
+    norm = torch.nn.utils.clip_grad_norm_([parameter], 0.05)
+    assert norm > 0.5, "the gradient is clipped"
+    for rank in ranks:
+        assert_close("norm", rank["norm"], norm, 5e-7)  # measured 6e-8
+    assert_close("clipped", whole(ranks, "clipped"), parameter.grad, 1e-6)  # measured 2e-7
+    assert torch.equal(whole(ranks, "loose"), whole(ranks, "unclipped")), "a small gradient stays as it is"
+    if num_ranks > 1:
+        own_norm = ranks[0]["unclipped"].norm()
+        assert_differs("norm of one shard", ranks[0]["norm"], own_norm, 5e-7)
+
+
+@pytest.mark.parametrize("num_ranks", RANK_COUNTS)
+def test_micro_batches_add_up_to_the_batch(by_ranks: dict, num_ranks: int) -> None:
+    for rank in by_ranks[num_ranks]:
+        (loss, grad), (expected_loss, expected_grad) = rank["accumulated"], rank["at once"]
+        assert_close("loss", loss, expected_loss, 1e-6)  # measured 1e-7
+        assert_close("gradient", grad, expected_grad, 2e-6)  # measured 3e-7
+        assert_differs("not weighted", grad * 3, expected_grad, 2e-6)
+
+
+def test_repeats_within_an_image_count_once() -> None:
+    labels_GP = torch.tensor([[5, 5, 5, 2], [-1, 3, -1, 3], [1, 2, 3, 4]])
+    assert without_repeats(labels_GP).tolist() == [[5, -1, -1, 2], [-1, 3, -1, -1], [1, 2, 3, 4]]
+
+
+def test_attached_gradient_reaches_the_embeddings() -> None:
+    class Output:
+        loss, emb_grad_BE = torch.tensor(2.5), torch.tensor([[1.0, -2.0]])
+
+    emb_BE = torch.zeros(1, 2, requires_grad=True)
+    loss = attach_gradient(emb_BE, Output, num_averaged_ranks=3)
+    (loss * 0.5).backward()
+    assert loss.item() == 2.5 and emb_BE.grad.tolist() == [[1.5, -3.0]]
+
+
+@functools.cache
+def loaded_by(num_readers: int, folder: Path) -> list[dict[int, dict[str, Tensor]]]:
+    return run_ranks(load_all, num_readers, folder)
+
+
+@pytest.mark.parametrize("num_readers", RANK_COUNTS)
+@pytest.mark.parametrize("num_writers", RANK_COUNTS)
+def test_state_of_any_number_of_ranks_is_read_by_any_other(
+    saved: Path, by_ranks: dict, num_writers: int, num_readers: int
+) -> None:
+    written = [rank["state"] for rank in by_ranks[num_writers]]
+    read = [rank[num_writers] for rank in loaded_by(num_readers, saved)]
+    for name in ("weight", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(whole(written, name), whole(read, name)), name
+        assert whole(read, name).abs().sum() > 0
+    assert {state["step"].item() for state in written} == {state["step"].item() for state in read} == {3}
+    assert {state["next step"].item() for state in read} == {4}, "the loaded state is the one that the optimizer uses"
+    continued = [rank[num_writers]["next"] for rank in loaded_by(1, saved)]
+    assert_close("a step later", torch.cat([state["next"] for state in read]), torch.cat(continued), 1e-5)
+
+
+def test_known_bad_state_is_told_apart(saved: Path, by_ranks: dict) -> None:
+    written = [rank["state"] for rank in by_ranks[3]]
+    swapped = torch.cat([state["exp_avg"] for state in (written[1], written[0], written[2])])
+    assert not torch.equal(swapped, torch.cat([rank[3]["exp_avg"] for rank in loaded_by(2, saved)]))
+
+
+def load_damaged(group: Group, folder: Path) -> str:
+    head = make_head(group)
+    optimizer = head_optimizer(head, OptimizerConfig(lr=1e-2, warmup_steps=0))
+    try:
+        load_head(folder, head, optimizer)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def load_all_damaged(group: Group, folders: list[Path]) -> list[str]:
+    return [load_damaged(group, folder) for folder in folders]
+
+
+def test_missing_and_damaged_files_are_named(saved: Path, by_ranks: dict, tmp_path: Path) -> None:
+    names = sorted(path.name for path in (saved / "3").iterdir())
+    folders = [tmp_path / name for name in ("missing", "last", "truncated", "short", "empty", "none")]
+    for folder in folders[:-1]:
+        shutil.copytree(saved / "3", folder)
+    folders[-1].mkdir()
+    (folders[0] / names[1]).unlink()
+    (folders[1] / names[2]).unlink()
+    for folder, num_bytes in zip(folders[2:5], (-1, 20, 0), strict=True):
+        path = folder / names[1]
+        path.write_bytes(path.read_bytes()[:num_bytes])
+    missing, last, *broken, none = run_ranks(load_all_damaged, 1, folders)[0]
+    assert "no head file holds classes 12 to 36" in missing and str(folders[0]) in missing
+    assert "no head file holds classes 24 to 36" in last
+    for folder, message in zip(folders[2:5], broken, strict=True):
+        assert str(folder / names[1]) in message, message
+    assert "no head file holds classes 0 to 36" in none
