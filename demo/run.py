@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from mlcd_ds.evaluation.plots import comparison_plot
 from mlcd_ds.manifest import write_json
 
@@ -60,8 +62,8 @@ def pipeline(out: Path, overrides: list[str]) -> dict[str, dict]:
 
 
 def train(out: Path, overrides: list[str]) -> None:
-    """Train with the deepspeed launcher, a rank a core and at most two."""
-    num_ranks = min(2, os.cpu_count() or 1)
+    """Train with the deepspeed launcher, on at most two ranks: one a GPU, or one a core where there is none."""
+    num_ranks = min(2, torch.cuda.device_count() or os.cpu_count() or 1)
     launcher = Path(sys.executable).with_name("deepspeed")
     paths = (f"data.index={out / 'index' / 'train'}", f"data.labels={out / 'labels'}", f"train.out={out / 'train'}")
     run(

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from mlcd_ds.errors import UserError
 from mlcd_ds.manifest import FileRecord, Frozen, write_json
 from mlcd_ds.stage import Context
 
@@ -55,7 +56,7 @@ def for_each_shard(
     what: str,
     redo: bool = False,
 ) -> dict[str, ShardNote]:
-    """Run `work(name)` once for every shard that has no valid note; returns the notes of all shards, on every rank.
+    """Run `work(name)` once for every shard that has no valid note; returns all notes on rank 0, none elsewhere.
 
     `keys` maps the shards' names to their work keys; `folder` is shared by all ranks. Collectives: two barriers.
     """
@@ -73,6 +74,12 @@ def for_each_shard(
                 ShardNote(key=keys[name], files=files, summary=summary).model_dump(mode="json"),
             )
     context.group.barrier()
-    notes = {name: read_note(folder, name, key) for name, key in keys.items()}
-    assert None not in notes.values(), "a rank finished without its shard's note: is the folder shared by all nodes?"
-    return notes  # type: ignore[return-value]
+    if not context.group.is_main:
+        return {}
+    notes = {}
+    for name, key in keys.items():
+        note = read_note(folder, name, key)
+        if note is None:
+            raise UserError(f"{folder / '.done' / name}.json is not visible to rank 0: --out must be a shared folder.")
+        notes[name] = note
+    return notes

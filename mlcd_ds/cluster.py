@@ -101,7 +101,7 @@ def run(options: Options, context: stage.Context) -> None:
     stage.logger.info("cluster: %d x %d into %d -> %s", store.num_rows, store.dim, options.num_centers, options.out)
     if options.dry_run:
         return
-    # The number of iterations is not part of the key: more of them go on from the state of fewer.
+    # The number of iterations is not part of the key: an interrupted run may go on to another number of them.
     key = work_key("cluster", options.num_centers, options.seed, wanted.inputs)
     start = None if options.overwrite else load_state(state_path, key)
     if start is None or start.num_iterations > options.num_iterations:

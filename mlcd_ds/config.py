@@ -145,7 +145,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         place[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"{override!r}: {text!r} is not a YAML value.") from None
-    if isinstance(place[last], str) and not isinstance(text, dict):
+    if isinstance(place[last], str):
         try:  # YAML 1.1 takes 1e-3 for a word
             place[last] = float(text)
         except ValueError:

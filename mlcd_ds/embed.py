@@ -12,6 +12,7 @@ The next stage is `mlcd cluster`.
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:  # run by path: this folder's names must not shadow top-level packages
@@ -41,18 +42,14 @@ class Options(stage.StageOptions):
     num_threads: int = Field(2, ge=1, description="decoding threads of a rank")
 
 
-def embed_shard(encoder: Encoder, decoder: ImageDecoder, index: ShardIndex, shard: int, options: Options) -> np.ndarray:
-    """Unit-length embeddings fp16 [n, E] of one shard."""
-    device = next(encoder.network.parameters(), torch.empty(0)).device
-    blocks = [np.empty((0, 0), np.float16)]
-    images = shard_images(
-        index, shard, encoder.pixels, device, options.batch_size, options.num_threads, decoder=decoder
-    )
+def embed_shard(encoder: Encoder, decoder: ImageDecoder, index: ShardIndex, shard: int) -> np.ndarray:
+    """Unit-length embeddings fp16 [n, E] of one shard that is not empty."""
+    blocks = []
     with torch.inference_mode():
-        for images_B3SS in images:
+        for images_B3SS in shard_images(index, shard, decoder):
             emb_BE = torch.nn.functional.normalize(encoder.encode(images_B3SS).float(), dim=1)
             blocks.append(emb_BE.to(torch.float16).cpu().numpy())
-    emb_NE = np.concatenate(blocks[1:] or blocks)
+    emb_NE = np.concatenate(blocks)
     bad = np.flatnonzero(~np.isfinite(emb_NE).all(axis=1))
     if len(bad):
         key = index.samples(shard).keys[bad[0]]
@@ -68,7 +65,7 @@ def run(options: Options, context: stage.Context) -> None:
     weights = encoder.fingerprint()
     wanted = EmbeddingManifest(
         stage="embed",
-        parameters={"encoder": encoder.name, "weights_sha256": weights, "image_size": encoder.pixels.image_size},
+        parameters={"encoder": encoder.name, "weights_sha256": weights, "pixels": asdict(encoder.pixels)},
         inputs={"index": index.manifest.fingerprint},
         files={},
         versions=library_versions(),
@@ -86,7 +83,7 @@ def run(options: Options, context: stage.Context) -> None:
     numbers = {entry.name: number for number, entry in enumerate(index.shards)}
 
     def work(name: str) -> tuple[dict, dict]:
-        emb_NE = embed_shard(encoder, decoder, index, numbers[name], options)
+        emb_NE = embed_shard(encoder, decoder, index, numbers[name])
         record = write_atomic(options.out / f"{name}.npy", lambda file: np.save(file, emb_NE))
         return {f"{name}.npy": record}, {"dim": emb_NE.shape[1]}
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:  # run by path: this folder's names must not shadow top-level packages
@@ -91,9 +92,7 @@ def labelled_features(
         labels_N = shard_labels(index, numbers[name], options.label_key)
         blocks = []
         with torch.inference_mode():
-            for images_B3SS in shard_images(
-                index, numbers[name], encoder.pixels, context.device, options.batch_size, 1, decoder=decoder
-            ):
+            for images_B3SS in shard_images(index, numbers[name], decoder):
                 blocks.append(encoder.encode(images_B3SS).float().cpu().numpy())
         rows_ND = np.concatenate(blocks)[labels_N >= 0]
         files = {f"{name}.npy": rows_ND, f"{name}.labels.npy": labels_N[labels_N >= 0]}
@@ -132,7 +131,12 @@ def run(options: Options, context: stage.Context) -> None:
     weights = encoder.fingerprint()
     wanted = EvaluationManifest(
         stage="evaluate",
-        parameters={"weights_sha256": weights, "label_key": options.label_key, "seed": options.seed},
+        parameters={
+            "weights_sha256": weights,
+            "pixels": asdict(encoder.pixels),
+            "label_key": options.label_key,
+            "seed": options.seed,
+        },
         inputs={"train_index": train.manifest.fingerprint, "test_index": test.manifest.fingerprint},
         files={},
         versions=library_versions(),

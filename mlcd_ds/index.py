@@ -45,6 +45,8 @@ from mlcd_ds.errors import UserError
 from mlcd_ds.manifest import FileRecord, library_versions, write_atomic, write_json, write_manifest
 
 DECODE_BATCH = 128
+RESERVED_NAMES = ("sizes", "centers")
+DECODE_BYTES = 20_000_000  # of encoded images: bounds the memory that a batch of large photographs takes
 
 
 class Options(stage.StageOptions):
@@ -71,6 +73,8 @@ def find_shards(patterns: tuple[str, ...]) -> dict[str, Path]:
         name = str(path.relative_to(root).with_suffix("")).replace(os.sep, "--")
         if name in named:
             raise UserError(f"--shards: {named[name]} and {path} would both be called {name!r}. Rename one.")
+        if name in RESERVED_NAMES:
+            raise UserError(f"--shards: {path}: a stage's own file is called {name!r}. Rename the shard.")
         named[name] = path
     return named
 
@@ -143,6 +147,7 @@ class ShardScan:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._pending: list[Sample] = []
+        self._pending_bytes = 0
         self.usable: list[list[Member]] = []
         self.sizes: list[tuple[int, int]] = []
         self.dropped: list[tuple[str, str]] = []
@@ -158,7 +163,8 @@ class ShardScan:
                 self.dropped.append((readable(sample.key), problem))
                 continue
             self._pending.append(sample)
-            if len(self._pending) == DECODE_BATCH:
+            self._pending_bytes += len(sample.image or b"")
+            if len(self._pending) == DECODE_BATCH or self._pending_bytes > DECODE_BYTES:
                 self._decode()
         self._decode()
 
@@ -172,6 +178,7 @@ class ShardScan:
             self.sizes.append(size)
             self.num_captions += any(member.extension == "txt" for member in sample.members)
         self._pending.clear()
+        self._pending_bytes = 0
 
 
 def index_shard(name: str, path: Path, options: Options) -> tuple[dict[str, FileRecord], dict[str, Any]]:
@@ -224,6 +231,7 @@ def run(options: Options, context: stage.Context) -> None:
         redo=options.overwrite,
     )
     unreadable = [note.summary["unreadable"] for note in notes.values() if "unreadable" in note.summary]
+    unreadable = context.group.gather_objects(unreadable)[0]
     if unreadable and not options.skip_unreadable_shards:
         raise UserError(
             f"{len(unreadable)} shards cannot be read to their end: {'; '.join(unreadable[:5])}. "

@@ -23,12 +23,14 @@ from pydantic import Field, ValidationError
 from tqdm import tqdm
 
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.distributed.launch import detect_launch, device_of, process_group
+from mlcd_ds.distributed.launch import DEFAULT_TIMEOUT_S, detect_launch, device_of, process_group
 from mlcd_ds.errors import UserError
 from mlcd_ds.manifest import MANIFEST_NAME, Frozen, Manifest, ManifestType, read_manifest
 
 logger = logging.getLogger("mlcd_ds")
 EXIT_BAD_INPUT = 2
+# Ranks that have done their shards wait for the slowest; that a rank is dead, its launcher notices.
+STAGE_TIMEOUT_S = 7 * 86_400.0
 
 
 class StageOptions(Frozen):
@@ -122,15 +124,15 @@ def main(
 ) -> int:
     """Entry of every stage: returns the exit status (0 done, 2 bad input)."""
     options = parse_options(options_type, build_parser(options_type, name, description or ""), argv)
-    return guarded(lambda context: run(options, context))
+    return guarded(lambda context: run(options, context), STAGE_TIMEOUT_S)
 
 
-def guarded(run: Callable[[Context], int | None]) -> int:
-    """Run with a process group; a UserError becomes one message and status 2."""
+def guarded(run: Callable[[Context], int | None], timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
+    """Run with a process group whose collectives wait `timeout_s`; a UserError becomes one message and status 2."""
     try:
         launch = detect_launch()
         configure_logging(launch.is_main)
-        with process_group(launch) as group:
+        with process_group(launch, timeout_s) as group:
             return run(Context(group, device_of(launch))) or 0
     except UserError as error:
         configure_logging(is_main=False)
@@ -147,14 +149,19 @@ def already_done(options: StageOptions, context: Context, kind: type[ManifestTyp
     Raises UserError when it holds a finished work with others, unless --overwrite was given. Reads the same on every
     rank. Files are compared by size here; whoever reads them compares their checksums.
     """
+    if options.overwrite and not options.dry_run:
+        if context.group.is_main:  # without it the folder is unfinished, should this run be interrupted
+            (options.out / MANIFEST_NAME).unlink(missing_ok=True)
+        return False
     if options.overwrite or not (options.out / MANIFEST_NAME).exists():
         return False
     found = read_manifest(options.out, kind, wanted.stage)
     path = options.out / MANIFEST_NAME
     fix = "Choose another --out, or pass --overwrite to redo it."
-    for key in sorted({*found.parameters, *wanted.parameters}):
-        if found.parameters.get(key) != wanted.parameters.get(key):
-            was, now = found.parameters.get(key), wanted.parameters.get(key)
+    parameters = wanted.model_dump(mode="json")["parameters"]  # tuples as the lists that JSON gave back
+    for key in sorted({*found.parameters, *parameters}):
+        was, now = found.parameters.get(key), parameters.get(key)
+        if was != now:
             raise UserError(f"{path} was made with {key}={was!r}, now {key}={now!r}. {fix}")
     for role in wanted.inputs:
         if found.inputs.get(role) != wanted.inputs[role]:

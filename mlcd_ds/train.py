@@ -54,6 +54,7 @@ FREE_KEYS = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.log_every",
+    "train.micro_batch_per_rank",
 )
 
 
@@ -158,6 +159,12 @@ def run(args: argparse.Namespace, context: stage.Context) -> int:
     if args.dry_run:
         describe(recipe, ds_config, plan, context)
         return 0
+    with StopRequest() as stop:
+        return train(recipe, ds_config, context, stop)
+
+
+def train(recipe: Recipe, ds_config: dict, context: stage.Context, stop: StopRequest) -> int:
+    """Open the data, claim the run's folder, train to the end or to a stop. Returns the exit status."""
     index, labels = open_data(recipe, context.group)
     claim_folder(recipe, context)
     out = recipe.train.out
@@ -165,17 +172,14 @@ def run(args: argparse.Namespace, context: stage.Context) -> int:
         stage.logger.info("train: done already, nothing to do (%s)", out)
         return 0
     stage.logger.info(
-        "train: %s, %d steps of %d images on %d ranks -> %s (watch: tensorboard --logdir %s)",
-        args.recipe,
+        "train: %d steps of %d images on %d ranks -> %s (watch: tensorboard --logdir %s)",
         recipe.train.steps,
         recipe.train.global_batch,
         context.group.size,
         out,
         out,
     )
-    with StopRequest() as stop:
-        finished = Trainer(recipe, ds_config, index, labels, context.group, context.device).fit(stop)
-    if not finished:
+    if not Trainer(recipe, ds_config, index, labels, context.group, context.device).fit(stop):
         stage.logger.info("train: asked to stop; a checkpoint is saved. Start again to go on.")
         return EXIT_REQUEUE
     if context.group.is_main:

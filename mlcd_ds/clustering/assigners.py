@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
 import numpy as np
 
 from mlcd_ds.errors import UserError
+
+logger = logging.getLogger("mlcd_ds")
 
 
 class Assigner(Protocol):
@@ -20,7 +23,7 @@ class Assigner(Protocol):
 
 
 class FaissAssigner:
-    """Exhaustive search by faiss: on all GPUs that this process sees, or on the CPU."""
+    """Exhaustive search by faiss: on this process's GPU, or on the CPU."""
 
     def __init__(self, dim: int, use_gpu: bool) -> None:
         try:
@@ -28,7 +31,9 @@ class FaissAssigner:
         except ImportError:
             raise UserError('faiss is not installed: pip install "mlcd_ds[cpu]" (or [gpu]).') from None
         self._index = faiss.IndexFlatIP(dim)
-        if use_gpu and hasattr(faiss, "StandardGpuResources"):
+        if use_gpu and not hasattr(faiss, "StandardGpuResources"):
+            logger.info("faiss is the CPU build, though there is a GPU: for many centres install mlcd_ds[gpu]")
+        elif use_gpu:
             import torch
 
             self._resources = faiss.StandardGpuResources()

@@ -29,10 +29,16 @@ def slice_bounds(num_rows: int, num_parts: int, part: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows [begin, end) of one shard, which are the global rows from `first_row` on."""
+    """Rows [begin, end) of one shard's file, which are the global rows from `first_row` on."""
 
-    rows_NE: np.ndarray
+    path: Path
+    begin: int
+    end: int
     first_row: int
+
+    def rows(self) -> np.ndarray:
+        """fp16 [N, E], memory-mapped. Opened on each use: a mapping holds a file descriptor, and shards are many."""
+        return np.load(self.path, mmap_mode="r", allow_pickle=False)[self.begin : self.end]
 
 
 class EmbeddingStore:
@@ -51,20 +57,21 @@ class EmbeddingStore:
             begin, end = max(self.begin, first), min(self.end, first + count)
             if begin < end:
                 path = check_file(self.folder, f"{name}.npy", self.manifest.files[f"{name}.npy"], "embed")
-                rows = np.load(path, mmap_mode="r", allow_pickle=False)
-                yield Piece(rows[begin - first : end - first], begin)
+                yield Piece(path, begin - first, end - first, begin)
             first += count
 
     def blocks(self, block_rows: int) -> Iterator[np.ndarray]:
         """The slice's rows in order, as fp32 blocks of at most `block_rows`."""
         for piece in self._pieces:
-            for begin in range(0, len(piece.rows_NE), block_rows):
-                yield piece.rows_NE[begin : begin + block_rows].astype(np.float32)
+            rows_NE = piece.rows()
+            for begin in range(0, len(rows_NE), block_rows):
+                yield rows_NE[begin : begin + block_rows].astype(np.float32)
 
     def pick(self, rows_K: np.ndarray) -> np.ndarray:
         """fp32 [K, E]: the given global rows where this slice has them, zero elsewhere."""
         picked_KE = np.zeros((len(rows_K), self.dim), dtype=np.float32)
         for piece in self._pieces:
-            here = (rows_K >= piece.first_row) & (rows_K < piece.first_row + len(piece.rows_NE))
-            picked_KE[here] = piece.rows_NE[rows_K[here] - piece.first_row]
+            here = (rows_K >= piece.first_row) & (rows_K < piece.first_row + piece.end - piece.begin)
+            if here.any():
+                picked_KE[here] = piece.rows()[rows_K[here] - piece.first_row]
         return picked_KE

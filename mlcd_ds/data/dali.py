@@ -37,11 +37,15 @@ def clip_pixels(image_size: int) -> PixelFormat:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Encoded images [B] (JPEG, PNG, WebP bytes), crop boxes [B, 4] (top, left, height, width), flips [B]."""
+    """Encoded images [B] (JPEG, PNG, WebP bytes), crop boxes [B, 4] (top, left, height, width), flips [B].
+
+    `origin` says where the images are from, for messages.
+    """
 
     images: list[bytes]
     boxes_B4: np.ndarray
     flips_B: np.ndarray
+    origin: str = "images"
 
 
 def _import_dali():
@@ -100,8 +104,8 @@ class ImageDecoder:
             exec_dynamic=True,
         )
         self._pipeline.build()
-        self._pixels, self._device = pixels, device
-        self._sizes: deque[int] = deque()
+        self.batch_size, self._pixels, self._device = batch_size, pixels, device
+        self._queued: deque[EncodedBatch] = deque()
 
     def push(self, batch: EncodedBatch) -> None:
         """Queue a batch (at most the decoder's batch size) and start decoding it."""
@@ -111,20 +115,20 @@ class ImageDecoder:
         feed("shape", np.ascontiguousarray(batch.boxes_B4[:, 2:]))
         feed("flip", np.ascontiguousarray(batch.flips_B))
         self._pipeline.schedule_run()
-        self._sizes.append(len(batch.images))
+        self._queued.append(batch)
 
     def pop(self) -> Tensor:
         """Images [B, 3, S, S] fp32 of the oldest queued batch, on the device."""
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        side = self._pixels.image_size
-        images_B3SS = torch.empty((self._sizes.popleft(), 3, side, side), device=self._device)
+        side, batch = self._pixels.image_size, self._queued.popleft()
+        images_B3SS = torch.empty((len(batch.images), 3, side, side), device=self._device)
         try:
             (output,) = self._pipeline.share_outputs()
         except RuntimeError as error:
             raise UserError(
-                f"DALI could not decode an image that the index holds: {first_line(error)}. "
-                "Run `mlcd index --overwrite` on the shards: it leaves out what DALI cannot decode."
+                f"DALI could not decode one of these, though `mlcd index` could: {batch.origin}: {first_line(error)}. "
+                "If a shard was changed, run `mlcd index --overwrite`; else remove the image from its shard first."
             ) from None
         stream = torch.cuda.current_stream() if self._device.type == "cuda" else None
         feed_ndarray(output.as_tensor(), images_B3SS, cuda_stream=stream)

@@ -121,34 +121,27 @@ class TrainLoader:
                 self._augment.crop_area,
                 self._augment.crop_aspect,
             )
-        return EncodedBatch(images, boxes, flips if self._augment.flip else np.zeros_like(flips)), labels
+        keys = [f"{self._index.shards[int(s)].path}:{t.keys[r]}" for s, t, r in zip(shards, samples, rows, strict=True)]
+        flips = flips if self._augment.flip else np.zeros_like(flips)
+        return EncodedBatch(images, boxes, flips, ", ".join(keys)), labels
 
     def close(self) -> None:
         """Close the tars."""
         self._reader.close()
 
 
-def shard_images(
-    index: ShardIndex,
-    shard: int,
-    pixels: PixelFormat,
-    device: torch.device,
-    batch_size: int,
-    num_threads: int,
-    crop_ratio: float = 1.0,
-    decoder: ImageDecoder | None = None,
-) -> Iterator[Tensor]:
-    """All images of one shard in index order, centre-cropped, in batches [<= batch_size, 3, S, S]."""
+def shard_images(index: ShardIndex, shard: int, decoder: ImageDecoder) -> Iterator[Tensor]:
+    """All images of one shard in index order, centre-cropped, in batches [<= decoder.batch_size, 3, S, S]."""
     samples = index.samples(shard)
     reader = ShardReader(index)
-    decoder = decoder or ImageDecoder(batch_size, pixels, device, num_threads)
-    boxes = center_boxes(samples.sizes_N2, crop_ratio)
+    boxes, batch_size = center_boxes(samples.sizes_N2), decoder.batch_size
     queued = 0
     try:
         for begin in range(0, len(samples.keys), batch_size):
             rows = range(begin, min(begin + batch_size, len(samples.keys)))
             encoded = [reader.read(shard, samples.image, row) for row in rows]
-            decoder.push(EncodedBatch(encoded, boxes[rows.start : rows.stop], np.zeros(len(rows), np.int32)))
+            origin = f"{index.shards[shard].path}, keys {samples.keys[rows[0]]} to {samples.keys[rows[-1]]}"
+            decoder.push(EncodedBatch(encoded, boxes[rows.start : rows.stop], np.zeros(len(rows), np.int32), origin))
             queued += 1
             if queued == 2:
                 yield decoder.pop()

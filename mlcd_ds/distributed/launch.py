@@ -56,7 +56,10 @@ def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     if world_size > 1:
         missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if key not in environ]
         if missing:
-            raise UserError(f"launch: {world_size} processes were started but {' and '.join(missing)} is not set.")
+            raise UserError(
+                f"launch: {world_size} processes were started but {' and '.join(missing)} is not set. Export both, as "
+                "slurm/launch.sh does: the first host's name, and a free port."
+            )
     return Launch(rank, local_rank, world_size, local_size, keys[4])
 
 
@@ -64,6 +67,11 @@ def device_of(launch: Launch) -> torch.device:
     """The accelerator of this process, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    if launch.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"launch: local rank {launch.local_rank}, but this process sees {torch.cuda.device_count()} GPUs: start "
+            "one rank a GPU (under Slurm: --gpus-per-node, not --gpus-per-task)."
+        )
     device = torch.device("cuda", launch.local_rank)
     torch.cuda.set_device(device)
     return device
@@ -86,5 +94,8 @@ def process_group(launch: Launch, timeout_s: float = DEFAULT_TIMEOUT_S) -> Itera
         dist.init_process_group(backend, "env://", rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     try:
         yield Group(dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if launch.world_size == 1:  # among many, taking the group down would wait for ranks that wait for this one
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

@@ -76,7 +76,8 @@ class Checkpointer:
             # The other ranks may wait in a collective: this rank ends, and its launcher ends them.
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
-                f"{final} cannot be written ({type(error).__name__}: {error}). Free the disk; earlier ones are whole."
+                f"{final} cannot be written ({type(error).__name__}: {error}). If the disk is full, free it; if "
+                "another rank failed, see its message. Earlier checkpoints are whole."
             ) from None
         if self._group.is_main:
             for old in checkpoint_folders(self._recipe.train.out)[: -self._recipe.train.keep_checkpoints]:
@@ -115,7 +116,9 @@ class Checkpointer:
 
     def _records(self, folder: Path) -> dict[str, FileRecord]:
         """Flush and sum up all files, dealt over the ranks. Collective."""
+        # All ranks go by the first one's listing: on a network file system listings may differ for a while.
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        names = self._group.gather_objects(names)[0]
         mine = {}
         for name in names[self._group.rank :: self._group.size]:
             descriptor = os.open(folder / name, os.O_RDONLY)
@@ -129,7 +132,7 @@ class Checkpointer:
         if self._group.is_main:
             for partial in self._folder.glob(".step_*.partial"):  # of a run that was killed
                 shutil.rmtree(partial, ignore_errors=True)
-        folders = checkpoint_folders(self._recipe.train.out)
+        folders = self._group.gather_objects(checkpoint_folders(self._recipe.train.out))[0]
         if not folders:
             return 0
         folder = folders[-1]

@@ -16,7 +16,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """A context in which the stop signals are noted instead of ending the process.
 
-    Entered before anything slow is built, so that a signal during start-up is not lost.
+    Entered before data are opened and models built, so that a signal during start-up is not lost.
     """
 
     def __init__(self) -> None:

@@ -56,9 +56,10 @@ def plan_batches(recipe: Recipe, group: Group) -> BatchPlan:
     micro_batch = recipe.train.micro_batch_per_rank or per_rank
     per_stream = batch // streams
     if per_rank % micro_batch or per_stream % (per_rank // micro_batch):
+        allowed = ", ".join(str(per_rank // n) for n in range(1, per_stream + 1) if per_stream % n == 0)
         raise UserError(
-            f"train.micro_batch_per_rank {micro_batch} must divide the {per_rank} images a rank and leave each of its "
-            f"{streams // ranks} streams ({per_stream} images a step) a whole number of images."
+            f"train.micro_batch_per_rank {micro_batch} must leave each of the rank's {streams // ranks} streams "
+            f"({per_stream} images a step) a whole number of images: choose one of {allowed}."
         )
     mine = tuple(range(group.rank * streams // ranks, (group.rank + 1) * streams // ranks))
     return BatchPlan(StreamSlice(mine, per_stream, per_rank // micro_batch), micro_batch)
@@ -165,11 +166,11 @@ class Trainer:
                     seconds, began = time.perf_counter() - began, time.perf_counter()
                     self._log(log, bar, done, result, seconds, done - logged)
                     logged = done
-                    if stop.is_asked(self.group) and done < train.steps:
-                        self.checkpointer.save(done)
-                        return False
-                if done % train.checkpoint_every == 0 or done == train.steps:
+                is_stopped = stop.is_asked(self.group) and done < train.steps
+                if is_stopped or done % train.checkpoint_every == 0 or done == train.steps:
                     self.checkpointer.save(done)
+                if is_stopped:
+                    return False
             return True
         finally:
             bar.close()

@@ -109,9 +109,10 @@ class PartialFCHead(nn.Module):
         slots_L = torch.full((len(self.classes),), -1, device=rows_K.device)
         slots_L[self.sampled_S] = torch.arange(len(self.sampled_S), device=rows_K.device)
         slots_K = slots_L[rows_K]
-        mask_GS = torch.zeros(shape, dtype=torch.bool, device=rows_K.device)
-        mask_GS[images_K[slots_K >= 0], slots_K[slots_K >= 0]] = True
-        return mask_GS
+        # Classes that were not sampled go to a column of their own, which is cut off: selecting them would synchronise.
+        mask = torch.zeros(shape[0], shape[1] + 1, dtype=torch.bool, device=rows_K.device)
+        mask[images_K, slots_K] = True
+        return mask[:, :-1]
 
     def _accumulate(self, grad_SE: Tensor, rows_K: Tensor, grad_KE: Tensor, weight: float) -> None:
         if self.weight_LE.grad is None:

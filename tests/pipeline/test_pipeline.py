@@ -15,7 +15,7 @@ from distributed_harness import TinyData, quiet_environment
 from safetensors.torch import load_file
 
 from mlcd_ds.config import load_recipe, recipe_names
-from mlcd_ds.data.dali import clip_pixels
+from mlcd_ds.data.dali import ImageDecoder, clip_pixels
 from mlcd_ds.data.loader import shard_images
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.encoders import load_encoder
@@ -80,7 +80,7 @@ def test_export_equals_our_backbone_in_transformers(trained: Trained, tiny_data:
     theirs, info = transformers.CLIPVisionModel.from_pretrained(trained.export, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     index = ShardIndex(tiny_data.index)
-    images = next(iter(shard_images(index, 0, clip_pixels(32), torch.device("cpu"), 8, 1)))
+    images = next(iter(shard_images(index, 0, ImageDecoder(8, clip_pixels(32), torch.device("cpu"), 1))))
     with torch.inference_mode():
         expected, pooled = ours.forward_features(images), theirs.eval()(pixel_values=images).pooler_output
         projection = load_file(trained.export / "projection.safetensors")["projection.weight"]
@@ -101,7 +101,7 @@ def test_the_hugging_face_processor_prepares_images_as_we_do(trained: Trained, t
 
     config = json.loads((trained.export / "preprocessor_config.json").read_text())
     index = ShardIndex(tiny_data.index)
-    ours = next(iter(shard_images(index, 0, clip_pixels(32), torch.device("cpu"), 4, 1)))[0].numpy()
+    ours = next(iter(shard_images(index, 0, ImageDecoder(4, clip_pixels(32), torch.device("cpu"), 1))))[0].numpy()
     content = ShardReader(index).read(0, index.samples(0).image, 0)
     image = Image.open(io.BytesIO(content)).convert("RGB").resize((config["size"]["shortest_edge"],) * 2, 3)
     pixels = np.asarray(image).transpose(2, 0, 1) * config["rescale_factor"]
