@@ -65,7 +65,8 @@ def train(out: Path, overrides: list[str]) -> None:
     """Train with the deepspeed launcher, on at most two ranks: one a GPU, or one a core where there is none."""
     num_ranks = min(2, torch.cuda.device_count() or os.cpu_count() or 1)
     launcher = Path(sys.executable).with_name("deepspeed")
-    paths = (f"data.index={out / 'index' / 'train'}", f"data.labels={out / 'labels'}", f"train.out={out / 'train'}")
+    folders = {"data.index": "index/train", "data.labels": "labels", "data.clusters": "clusters", "train.out": "train"}
+    paths = [f"{key}={out / folder}" for key, folder in folders.items()]
     run(
         *(launcher, "--num_accelerators", num_ranks, "mlcd_ds/train.py"),
         *("--deepspeed_config", "ds_configs/zero1_fp32_cpu.json", "--recipe", "demo"),

@@ -22,8 +22,8 @@ from pydantic import Field
 
 from mlcd_ds import stage
 from mlcd_ds.by_shard import for_each_shard, work_key
-from mlcd_ds.cluster import ClusterManifest
 from mlcd_ds.clustering.assigners import Assigner, FaissAssigner
+from mlcd_ds.clustering.center_store import CenterStore
 from mlcd_ds.clustering.embedding_store import EmbeddingManifest
 from mlcd_ds.data.label_store import LabelManifest
 from mlcd_ds.errors import UserError
@@ -53,7 +53,8 @@ def run(options: Options, context: stage.Context) -> None:
     """Label all shards over all ranks; rank 0 writes the manifest."""
     group = context.group
     embeddings = read_manifest(options.embeddings, EmbeddingManifest, "embed")
-    clusters = read_manifest(options.clusters, ClusterManifest, "cluster")
+    store = CenterStore(options.clusters)
+    clusters = store.manifest
     if clusters.dim != embeddings.dim:
         raise UserError(
             f"{options.clusters} has centres of dimension {clusters.dim}, {options.embeddings} embeddings of "
@@ -81,8 +82,7 @@ def run(options: Options, context: stage.Context) -> None:
     if options.dry_run:
         return
     assigner = FaissAssigner(clusters.dim, use_gpu=context.device.type == "cuda")
-    centers_path = check_file(options.clusters, "centers.npy", clusters.files["centers.npy"], "cluster")
-    assigner.set_centers(np.load(centers_path, allow_pickle=False))
+    assigner.set_centers(store.centers_CE)
 
     def work(name: str) -> tuple[dict, dict]:
         path = check_file(options.embeddings, f"{name}.npy", embeddings.files[f"{name}.npy"], "embed")

@@ -28,10 +28,11 @@ from tqdm import tqdm
 from mlcd_ds import stage
 from mlcd_ds.by_shard import work_key
 from mlcd_ds.clustering.assigners import FaissAssigner
+from mlcd_ds.clustering.center_store import ClusterManifest
 from mlcd_ds.clustering.embedding_store import EmbeddingStore
 from mlcd_ds.clustering.kmeans import Clustering, initial_clustering, kmeans
 from mlcd_ds.errors import UserError
-from mlcd_ds.manifest import Manifest, library_versions, write_atomic, write_manifest
+from mlcd_ds.manifest import library_versions, write_atomic, write_manifest
 
 STATE_NAME = "state.safetensors"
 
@@ -43,16 +44,6 @@ class Options(stage.StageOptions):
     num_centers: int = Field(ge=2, description="number of clusters (the paper: 1,000,000 for 400M images)")
     num_iterations: int = Field(20, ge=1, description="Lloyd iterations (not published; faiss's default is 25)")
     seed: int = Field(0, ge=0, description="seed of the first centres and of the splits of empty clusters")
-
-
-class ClusterManifest(Manifest):
-    """Manifest of `mlcd cluster`: `objective` is the mean similarity to the nearest centre in each iteration."""
-
-    num_images: int
-    num_centers: int
-    dim: int
-    objective: tuple[float, ...]
-    num_splits: tuple[int, ...]
 
 
 def save_state(path: Path, key: str, clustering: Clustering) -> None:

@@ -28,6 +28,7 @@ class DataConfig(Frozen):
 
     index: Path | None = Field(None, description="folder of `mlcd index`")
     labels: Path | None = Field(None, description="folder of `mlcd assign`")
+    clusters: Path | None = Field(None, description="folder of `mlcd cluster`; head.init=centers reads it")
     augment: AugmentConfig = AugmentConfig()
     num_streams: int = Field(4, ge=1, description="equal parts of the global batch; ranks must divide it")
     shuffle_window: int = Field(8192, ge=1, description="samples of a stream that are shuffled among each other")
@@ -80,6 +81,8 @@ class Recipe(Frozen):
                 f"train.global_batch {self.train.global_batch} is not a multiple of data.num_streams "
                 f"{self.data.num_streams}: change one of them"
             )
+        if self.head.init == "centers" and self.data.labels and not self.data.clusters:
+            raise ValueError("head.init is centers, but data.clusters is not given: add data.clusters=FOLDER")
         if self.optimizer.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} is not below train.steps {self.train.steps}: "

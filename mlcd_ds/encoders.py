@@ -42,7 +42,9 @@ class Encoder:
         return digest.hexdigest()
 
     def to(self, device: torch.device) -> Encoder:
-        """Move the network and freeze it."""
+        """Move the network and freeze it. On a GPU its matrix products may use TF32: features are kept in fp16."""
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
         self.network.to(device).eval().requires_grad_(False)
         return self
 
@@ -142,9 +144,9 @@ def untrained(recipe_name: str, size: int | None) -> Encoder:
 
 def training_run(folder: Path, size: int | None) -> Encoder:
     """The backbone of a run's newest checkpoint."""
-    from mlcd_ds.engine.weights import load_backbone
+    from mlcd_ds.engine.weights import load_backbone, newest_checkpoint
 
-    return _backbone(folder.resolve().name, load_backbone(folder), size)
+    return _backbone(folder.resolve().name, load_backbone(newest_checkpoint(folder)), size)
 
 
 def _backbone(name: str, network: nn.Module, size: int | None) -> Encoder:

@@ -81,10 +81,10 @@ def shard_labels(index: ShardIndex, shard: int, key: str) -> np.ndarray:
     return labels_N
 
 
-def labelled_features(
+def compute_features(
     encoder: Encoder, index: ShardIndex, folder: Path, options: Options, context: stage.Context, weights: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features fp32 [N, D] and labels int64 [N] of all labelled images; computed once, kept below `folder`."""
+) -> None:
+    """Write features fp32 [n, D] and labels int64 [n] of the labelled images of each shard below `folder`."""
     decoder = ImageDecoder(options.batch_size, encoder.pixels, context.device, options.num_threads)
     numbers = {entry.name: number for number, entry in enumerate(index.shards) if entry.num_images}
 
@@ -100,11 +100,18 @@ def labelled_features(
 
     key = work_key("evaluate", weights, encoder.pixels, index.manifest.fingerprint, options.label_key)
     for_each_shard(context, folder, dict.fromkeys(numbers, key), work, f"features {folder.name}", options.overwrite)
-    features = np.concatenate([np.load(folder / f"{name}.npy", allow_pickle=False) for name in numbers])
-    labels = np.concatenate([np.load(folder / f"{name}.labels.npy", allow_pickle=False) for name in numbers])
+
+
+def read_features(
+    index: ShardIndex, folder: Path, label_key: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features fp32 [N, D] and labels int64 [N] of all labelled images."""
+    names = [entry.name for entry in index.shards if entry.num_images]
+    features = np.concatenate([np.load(folder / f"{name}.npy", allow_pickle=False) for name in names])
+    labels = np.concatenate([np.load(folder / f"{name}.labels.npy", allow_pickle=False) for name in names])
     if not len(labels):
-        raise UserError(f"{index.folder}: no sample has a label under {options.label_key!r}. Name another --label-key.")
-    return torch.from_numpy(features), torch.from_numpy(labels)
+        raise UserError(f"{index.folder}: no sample has a label under {label_key!r}. Name another --label-key.")
+    return torch.from_numpy(features).to(device), torch.from_numpy(labels).to(device)
 
 
 def class_names(options: Options, num_classes: int) -> list[str]:
@@ -150,9 +157,12 @@ def run(options: Options, context: stage.Context) -> None:
         return
     encoder.to(context.device)
     features = options.out / "features"
-    train_ND, train_labels_N = labelled_features(encoder, train, features / "train", options, context, weights)
-    test_MD, test_labels_M = labelled_features(encoder, test, features / "test", options, context, weights)
+    for split, index in (("train", train), ("test", test)):
+        compute_features(encoder, index, features / split, options, context, weights)
     if context.group.is_main:
+        key, device = options.label_key, context.device
+        train_ND, train_labels_N = read_features(train, features / "train", key, device)
+        test_MD, test_labels_M = read_features(test, features / "test", key, device)
         num_classes = int(train_labels_N.max()) + 1
         if int(test_labels_M.max()) >= num_classes:
             raise UserError(f"{options.test_index} has label {int(test_labels_M.max())}, which no training image has.")

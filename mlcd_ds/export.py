@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 from mlcd_ds import stage
 from mlcd_ds.data.dali import CLIP_MEAN, CLIP_STD
-from mlcd_ds.engine.weights import checkpoint_folders, load_backbone, read_checkpoint
+from mlcd_ds.engine.weights import BACKBONE_NAME, load_backbone, newest_checkpoint, read_checkpoint
 from mlcd_ds.manifest import Manifest, library_versions, sha256_of, write_atomic, write_json, write_manifest
 from mlcd_ds.models.convert import clip_vision_config, to_clip_vision
 
@@ -59,13 +59,13 @@ def preprocessor_config(image_size: int) -> dict:
 
 def run(options: Options, context: stage.Context) -> None:
     """Convert and write; rank 0 alone has work."""
-    model = load_backbone(options.run)
-    folder = checkpoint_folders(options.run)[-1]
+    folder = newest_checkpoint(options.run)
+    model = load_backbone(folder)
     checkpoint = read_checkpoint(folder)
     wanted = ExportManifest(
         stage="export",
         parameters={"step": checkpoint.step},
-        inputs={"backbone": sha256_of(folder / "backbone.safetensors")},
+        inputs={"backbone": sha256_of(folder / BACKBONE_NAME)},
         files={},
         versions=library_versions(),
         step=checkpoint.step,

@@ -47,6 +47,7 @@ from mlcd_ds.models.vit import ViT, flops_per_image, num_parameters
 # Keys that may change when a run goes on; any other change would make it another run.
 FREE_KEYS = (
     "description",
+    "data.clusters",
     "data.index",
     "data.labels",
     "data.num_threads",

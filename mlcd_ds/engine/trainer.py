@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from mlcd_ds.clustering.center_store import CenterStore
 from mlcd_ds.config import Recipe, dump_recipe
 from mlcd_ds.data.dali import clip_pixels
 from mlcd_ds.data.label_store import LabelStore
@@ -98,7 +99,7 @@ class Trainer:
         self.head = PartialFCHead(
             labels.num_centers, recipe.model.embed_dim, recipe.head, MLCDLoss(recipe.objective), group, seed
         ).to(device)
-        self.head.init_weights()
+        self.head.init_weights(None if recipe.head.init == "normal" else self._own_centers(recipe.data.clusters))
         self.head_optimizer = head_optimizer(self.head, recipe.optimizer)
         self.loader = TrainLoader(
             index,
@@ -119,6 +120,14 @@ class Trainer:
             group,
             {"index": index.manifest.fingerprint, "labels": labels.manifest.fingerprint},
         )
+
+    def _own_centers(self, folder: Path) -> Tensor:
+        """This rank's part of the k-means centres that the labels name. UserError when the labels name others."""
+        store = CenterStore(folder)
+        if self.labels.manifest.inputs["clusters"] != store.manifest.fingerprint:
+            raise UserError(f"data.clusters {folder} are not the clusters that {self.labels.folder} was made with.")
+        classes = self.head.classes
+        return torch.from_numpy(store.centers_CE[classes.begin : classes.end].copy())
 
     def step(self, step: int, batches: Iterator[LabelledBatch]) -> StepResult:
         """One optimizer step over the global batch."""

@@ -57,16 +57,22 @@ def read_run_recipe(run: Path) -> Recipe:
     return parse_recipe(yaml.safe_load(path.read_text()), str(path))
 
 
-def load_backbone(run: Path) -> ViT:
-    """The backbone of a run's newest checkpoint, in fp32 on the CPU."""
+def newest_checkpoint(run: Path) -> Path:
+    """Folder of a run's newest whole checkpoint."""
     folders = checkpoint_folders(run)
     if not folders:
         raise UserError(f"{run} has no whole checkpoint yet: train at least train.checkpoint_every steps.")
-    path = folders[-1] / BACKBONE_NAME
+    return folders[-1]
+
+
+def load_backbone(checkpoint: Path) -> ViT:
+    """The backbone of a checkpoint folder, in fp32 on the CPU."""
+    path = checkpoint / BACKBONE_NAME
+    recipe = parse_recipe(read_checkpoint(checkpoint).recipe, str(checkpoint / CHECKPOINT_NAME))
     with torch.device("meta"):
-        model = ViT(read_run_recipe(run).model)
+        model = ViT(recipe.model)
     try:
         model.load_state_dict(load_file(path), assign=True)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be read ({error}). Remove {folders[-1]} to use an older checkpoint.") from None
+        raise UserError(f"{path} cannot be read ({error}). Remove {checkpoint} to use an older checkpoint.") from None
     return model.eval()

@@ -7,7 +7,7 @@ K pairs (image, label) whose label lives on this rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.heads.class_shards import class_range
+from mlcd_ds.heads.initial import normal_centers, projected_centers
 from mlcd_ds.heads.sampling import sample_classes
 from mlcd_ds.manifest import Frozen
 from mlcd_ds.objectives.mlcd import MLCDLoss
@@ -25,7 +26,10 @@ class HeadConfig(Frozen):
     """The head's own settings."""
 
     sample_rate: float = Field(0.1, gt=0, le=1, description="r: part of the classes drawn as negatives each step (0.1)")
-    init_std: float = Field(0.01, gt=0, description="deviation of the normal distribution of the first centres")
+    init: Literal["normal", "centers"] = Field(
+        "normal", description="first centres: random, or the k-means centres in data.clusters, projected"
+    )
+    init_std: float = Field(0.01, gt=0, description="deviation of the first centres' entries")
 
 
 @dataclass(frozen=True)
@@ -53,16 +57,15 @@ class PartialFCHead(nn.Module):
         self.weight_LE = nn.Parameter(torch.full((len(self.classes), dim), float("nan")))
         self.sampled_S = torch.empty(0, dtype=torch.int64)
 
-    def init_weights(self) -> None:
-        """N(0, init_std), a generator a class block, so that the centres do not depend on the number of ranks."""
-        block = 4096
+    def init_weights(self, centers_LE: Tensor | None = None) -> None:
+        """Set the centres: from N(0, init_std), or from this rank's k-means centres where they are given."""
+        dim = self.weight_LE.shape[1]
+        if centers_LE is None:
+            rows_LE = normal_centers(self.classes, dim, self.config.init_std, self.seed)
+        else:
+            rows_LE = projected_centers(centers_LE, self.classes.num_classes, dim, self.config.init_std, self.group)
         with torch.no_grad():
-            for first in range(self.classes.begin // block * block, self.classes.end, block):
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
-                rows_NE = torch.randn(block, self.weight_LE.shape[1], generator=generator) * self.config.init_std
-                begin, end = max(first, self.classes.begin), min(first + block, self.classes.end)
-                place = slice(begin - self.classes.begin, end - self.classes.begin)
-                self.weight_LE[place] = rows_NE[begin - first : end - first].to(self.weight_LE.device)
+            self.weight_LE.copy_(rows_LE)
 
     def resample(self, step: int) -> None:
         """Draw the negatives of an optimizer step; all its micro-batches share them."""

@@ -171,7 +171,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_later(
 ) -> None:
     training = bench.start("full-disk", *LONG)
     message = one_message(training)
-    assert str(small_disk / "step_00000040") in message and "Free the disk" in message
+    assert str(small_disk / "step_00000040") in message and "disk is full" in message
     assert [path.name for path in small_disk.iterdir()] == ["step_00000020"], "only what is whole is left"
 
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)

@@ -19,7 +19,7 @@ from mlcd_ds.data.dali import ImageDecoder, clip_pixels
 from mlcd_ds.data.loader import shard_images
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.encoders import load_encoder
-from mlcd_ds.engine.weights import load_backbone
+from mlcd_ds.engine.weights import load_backbone, newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_CONFIG = ROOT / "ds_configs/zero1_fp32_cpu.json"
@@ -76,7 +76,7 @@ def trained(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Tr
 def test_export_equals_our_backbone_in_transformers(trained: Trained, tiny_data: TinyData) -> None:
     import transformers
 
-    ours = load_backbone(trained.run)
+    ours = load_backbone(newest_checkpoint(trained.run))
     theirs, info = transformers.CLIPVisionModel.from_pretrained(trained.export, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     index = ShardIndex(tiny_data.index)

@@ -1,0 +1,29 @@
+"""The centres of `mlcd cluster` on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mlcd_ds.manifest import Manifest, check_file, read_manifest
+
+
+class ClusterManifest(Manifest):
+    """Manifest of `mlcd cluster`: `objective` is the mean similarity to the nearest centre in each iteration."""
+
+    num_images: int
+    num_centers: int
+    dim: int
+    objective: tuple[float, ...]
+    num_splits: tuple[int, ...]
+
+
+class CenterStore:
+    """Unit centres fp32 [C, E], memory-mapped; opening compares the file's checksum."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder, ClusterManifest, "cluster")
+        path = check_file(folder, "centers.npy", self.manifest.files["centers.npy"], "cluster")
+        self.centers_CE: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
