@@ -24,11 +24,12 @@ import torch
 from mlcd_ds import stage
 from mlcd_ds.config import Recipe, changed_keys, dump_recipe, load_recipe, recipe_names
 from mlcd_ds.data.label_store import LabelStore
+from mlcd_ds.data.loader import StreamSlice
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.deepspeed import check_zero_section, fill_ds_config, read_ds_config
 from mlcd_ds.engine.stopping import EXIT_REQUEUE, StopRequest
-from mlcd_ds.engine.trainer import BatchPlan, Trainer, plan_batches
+from mlcd_ds.engine.trainer import Trainer, plan_batches
 from mlcd_ds.engine.weights import CHECKPOINT_NAME, CONFIG_NAME, checkpoint_folders, read_run_recipe
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.class_shards import class_range
@@ -80,14 +81,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def resolve_ds_config(path: Path, recipe: Recipe, plan: BatchPlan) -> dict:
+def resolve_ds_config(path: Path, recipe: Recipe, plan: StreamSlice) -> dict:
     """The DeepSpeed config with everything that the recipe says filled in."""
     precision = recipe.train.precision
     source = f"train.precision={precision} in the recipe"
     values = {
         "train_batch_size": (recipe.train.global_batch, "train.global_batch in the recipe"),
         "train_micro_batch_size_per_gpu": (plan.micro_batch, "train.micro_batch_per_rank in the recipe"),
-        "gradient_accumulation_steps": (plan.part.num_micro_batches, "train.global_batch over ranks and micro-batch"),
+        "gradient_accumulation_steps": (plan.num_micro_batches, "train.global_batch over ranks and micro-batch"),
         "gradient_clipping": (recipe.optimizer.clip_norm, "optimizer.clip_norm in the recipe"),
         "bf16.enabled": (precision == "bf16", source),
         "fp16.enabled": (precision == "fp16", source),
@@ -112,7 +113,7 @@ def open_data(recipe: Recipe, group: Group) -> tuple[ShardIndex, LabelStore]:
     return index, labels
 
 
-def describe(recipe: Recipe, ds_config: dict, plan: BatchPlan, context: stage.Context) -> None:
+def describe(recipe: Recipe, ds_config: dict, plan: StreamSlice, context: stage.Context) -> None:
     """Say what would run: the resolved files, sizes and shares."""
     with torch.device("meta"):
         model = ViT(recipe.model)
@@ -122,7 +123,7 @@ def describe(recipe: Recipe, ds_config: dict, plan: BatchPlan, context: stage.Co
         f"# DeepSpeed: {ds_config}",
         f"# backbone: {num_parameters(model) / 1e6:.1f} M parameters, {flops_per_image(recipe.model) / 1e9:.1f} GFLOP "
         "an image forward",
-        f"# batch: {recipe.train.global_batch} = {ranks} ranks x {plan.part.num_micro_batches} x {plan.micro_batch}",
+        f"# batch: {recipe.train.global_batch} = {ranks} ranks x {plan.num_micro_batches} x {plan.micro_batch}",
         f"# samples seen: {recipe.train.steps * recipe.train.global_batch / 1e6:.1f} M",
     ]
     if recipe.data.index is None or recipe.data.labels is None:

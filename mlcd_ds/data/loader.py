@@ -42,11 +42,31 @@ class LabelledBatch:
 
 @dataclass(frozen=True)
 class StreamSlice:
-    """Which part of the global batch this rank loads: its streams, and how many samples of each a micro-batch takes."""
+    """Which part of the global batch this rank loads: its streams one after the other, cut into micro-batches."""
 
     streams: tuple[int, ...]
     samples_per_stream_step: int  # of one optimizer step
     num_micro_batches: int
+
+    @property
+    def micro_batch(self) -> int:
+        """Images of a micro-batch on this rank."""
+        return len(self.streams) * self.samples_per_stream_step // self.num_micro_batches
+
+    def spans(self, micro_batch: int) -> list[tuple[int, int, int]]:
+        """Stream, first sample (from the beginning of training) and count of each part of a micro-batch.
+
+        `micro_batch` counts from the beginning of training too.
+        """
+        step, number = divmod(micro_batch, self.num_micro_batches)
+        begin, end = number * self.micro_batch, (number + 1) * self.micro_batch
+        found = []
+        for place, stream in enumerate(self.streams):
+            low = max(begin - place * self.samples_per_stream_step, 0)
+            high = min(end - place * self.samples_per_stream_step, self.samples_per_stream_step)
+            if low < high:
+                found.append((stream, step * self.samples_per_stream_step + low, high - low))
+        return found
 
 
 class TrainLoader:
@@ -67,8 +87,7 @@ class TrainLoader:
         self._index, self._labels, self._order, self._part = index, labels, order, part
         self._augment, self._device, self._prefetch = augment, device, prefetch
         self._reader = ShardReader(index)
-        self._take = part.samples_per_stream_step // part.num_micro_batches
-        self._decoder = ImageDecoder(self._take * len(part.streams), pixels, device, num_threads)
+        self._decoder = ImageDecoder(part.micro_batch, pixels, device, num_threads)
         self.wait_s = 0.0
 
     def batches(self, first_step: int) -> Iterator[LabelledBatch]:
@@ -102,8 +121,7 @@ class TrainLoader:
 
     def _read(self, micro_batch: int) -> tuple[EncodedBatch, np.ndarray]:
         """Bytes, boxes and labels of this rank's part of a micro-batch."""
-        start = micro_batch * self._take
-        parts = [self._order.global_ids(stream, start, self._take) for stream in self._part.streams]
+        parts = [self._order.global_ids(*span) for span in self._part.spans(micro_batch)]
         ids, epochs = (np.concatenate(column) for column in zip(*parts, strict=True))
         shards, rows = self._order.locate(ids)
         samples = [self._index.samples(int(shard)) for shard in shards]

@@ -37,15 +37,7 @@ from mlcd_ds.models.vit import ViT
 from mlcd_ds.objectives.mlcd import MLCDLoss
 
 
-@dataclass(frozen=True)
-class BatchPlan:
-    """How the global batch is shared: streams over ranks, each rank's part over micro-batches."""
-
-    part: StreamSlice
-    micro_batch: int
-
-
-def plan_batches(recipe: Recipe, group: Group) -> BatchPlan:
+def plan_batches(recipe: Recipe, group: Group) -> StreamSlice:
     """Share the global batch. Raises UserError naming the numbers that do not divide."""
     streams, ranks, batch = recipe.data.num_streams, group.size, recipe.train.global_batch
     if streams % ranks:
@@ -55,15 +47,15 @@ def plan_batches(recipe: Recipe, group: Group) -> BatchPlan:
         )
     per_rank = batch // ranks
     micro_batch = recipe.train.micro_batch_per_rank or per_rank
-    per_stream = batch // streams
-    if per_rank % micro_batch or per_stream % (per_rank // micro_batch):
-        allowed = ", ".join(str(per_rank // n) for n in range(1, per_stream + 1) if per_stream % n == 0)
+    if per_rank % micro_batch:
+        divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+        near = min(divisors, key=lambda n: abs(n - micro_batch))
         raise UserError(
-            f"train.micro_batch_per_rank {micro_batch} must leave each of the rank's {streams // ranks} streams "
-            f"({per_stream} images a step) a whole number of images: choose one of {allowed}."
+            f"train.micro_batch_per_rank {micro_batch} does not divide the {per_rank} images a rank "
+            f"(train.global_batch {batch} on {ranks} ranks): take {near}."
         )
     mine = tuple(range(group.rank * streams // ranks, (group.rank + 1) * streams // ranks))
-    return BatchPlan(StreamSlice(mine, per_stream, per_rank // micro_batch), micro_batch)
+    return StreamSlice(mine, batch // streams, per_rank // micro_batch)
 
 
 @dataclass(frozen=True)
@@ -105,7 +97,7 @@ class Trainer:
             index,
             labels,
             SampleOrder(index.counts, recipe.data.num_streams, recipe.data.shuffle_window, seed),
-            self.plan.part,
+            self.plan,
             clip_pixels(recipe.model.image_size),
             recipe.data.augment,
             device,
@@ -142,7 +134,7 @@ class Trainer:
         set_learning_rate(self.engine.optimizer, lr)
         set_learning_rate(self.head_optimizer, lr * config.head_lr_scale)
         self.head.resample(step)
-        num_micro_batches = self.plan.part.num_micro_batches
+        num_micro_batches = self.plan.num_micro_batches
         sums_3 = torch.zeros(3, device=self.device)
         for _ in range(num_micro_batches):
             batch = next(batches)

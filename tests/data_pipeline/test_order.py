@@ -346,8 +346,9 @@ def test_micro_batches_make_up_the_same_step(painted: PaintedShards) -> None:
     whole = load(painted, slice_of(0, 1), 1, 3)
     halves = load(painted, slice_of(0, 1, num_micro_batches=2), 1, 6)
     for step in range(3):
-        parts = [half.labels_BP.view(NUM_STREAMS, -1, 2) for half in halves[2 * step : 2 * step + 2]]
-        assert torch.equal(torch.cat(parts, dim=1).view(-1, 2), whole[step].labels_BP)
+        parts = [half.labels_BP for half in halves[2 * step : 2 * step + 2]]
+        assert torch.equal(torch.cat(parts), whole[step].labels_BP)
+        assert not torch.equal(torch.cat(parts[::-1]), whole[step].labels_BP)
 
 
 def test_starting_at_step_k_is_the_tail_of_starting_at_zero(painted: PaintedShards) -> None:
@@ -357,3 +358,13 @@ def test_starting_at_step_k_is_the_tail_of_starting_at_zero(painted: PaintedShar
         tail = load(painted, slice_of(1, 2, 2), first_step, 2, pixels)
         for got, wanted in zip(tail, whole[2 * first_step :], strict=False):
             assert torch.equal(got.images_B3SS, wanted.images_B3SS) and torch.equal(got.labels_BP, wanted.labels_BP)
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 3, 4, 6, 12, 24])
+def test_micro_batches_cut_a_ranks_part_of_each_step_into_equal_pieces(num_micro_batches: int) -> None:
+    part = StreamSlice((2, 3, 4), samples_per_stream_step=8, num_micro_batches=num_micro_batches)
+    for step in (0, 5):
+        spans = [part.spans(step * num_micro_batches + number) for number in range(num_micro_batches)]
+        assert {sum(count for _, _, count in span) for span in spans} == {part.micro_batch} == {24 // num_micro_batches}
+        samples = [(stream, first + i) for span in spans for stream, first, count in span for i in range(count)]
+        assert samples == [(stream, step * 8 + i) for stream in (2, 3, 4) for i in range(8)]
