@@ -121,7 +121,7 @@ def test_evaluate_reports_and_refuses(trained: Trained, tiny_data: TinyData, tmp
     assert (out / "confusion.png").read_bytes().startswith(b"\x89PNG")
     assert "done already" in mlcd("evaluate", "--model", trained.export, *arguments)
     said = mlcd("evaluate", "--model", "pixels@8", *arguments, status=2)  # another model into the same folder
-    assert "weights_sha256" in said and "Traceback" not in said
+    assert "was made with pixels=" in said and "Traceback" not in said
     same = ("--train-index", train_index, "--test-index", train_index, "--out", tmp_path / "same")
     assert "same images" in mlcd("evaluate", "--model", "pixels@8", *same, status=2)
     said = mlcd("evaluate", "--model", "pixels@8", *arguments[:4], "--label-key", "caption", "--out", out, status=2)

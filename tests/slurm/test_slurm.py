@@ -107,7 +107,8 @@ def test_training_command_and_rendezvous(slurm: SlurmCluster, tmp_path: Path) ->
     assert job.state == "COMPLETED", job.log()
     arguments = (
         "-m mlcd_ds.train --deepspeed_config ds_configs/zero1_fp32_cpu.json --recipe demo "
-        f"train.out={tmp_path}/run data.index={tmp_path}/index/train data.labels={tmp_path}/labels a.b=c d"
+        f"train.out={tmp_path}/run data.index={tmp_path}/index/train data.labels={tmp_path}/labels "
+        f"data.clusters={tmp_path}/clusters a.b=c d"
     )
     port = 15000 + job_id % 15000
     assert calls(tmp_path) == [
