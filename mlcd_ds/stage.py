@@ -129,18 +129,22 @@ def main(
 
 def guarded(run: Callable[[Context], int | None], timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
     """Run with a process group whose collectives wait `timeout_s`; a UserError becomes one message and status 2."""
+    status = EXIT_BAD_INPUT
     try:
         launch = detect_launch()
         configure_logging(launch.is_main)
         with process_group(launch, timeout_s) as group:
-            return run(Context(group, device_of(launch))) or 0
+            status = run(Context(group, device_of(launch))) or 0
     except UserError as error:
         configure_logging(is_main=False)
         logger.error("error: %s", error)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Among many, the process ends here: after an error peers may wait in a collective, and after success gloo's
+        # threads now and then abort while the interpreter is taken down.
+        sys.stdout.flush()
         sys.stderr.flush()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            os._exit(EXIT_BAD_INPUT)  # peers may wait in a collective: do not wait for them in turn
-        return EXIT_BAD_INPUT
+        os._exit(status)
+    return status
 
 
 def already_done(options: StageOptions, context: Context, kind: type[ManifestType], wanted: Manifest) -> bool:

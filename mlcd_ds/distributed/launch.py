@@ -98,4 +98,5 @@ def process_group(launch: Launch, timeout_s: float = DEFAULT_TIMEOUT_S) -> Itera
         if launch.world_size == 1:  # among many, taking the group down would wait for ranks that wait for this one
             dist.destroy_process_group()
         raise
+    Group(dist.group.WORLD).barrier()  # a rank that leaves early would take the rendezvous away from the others
     dist.destroy_process_group()
