@@ -17,7 +17,7 @@ $(VENV)/.ready: setup.cfg constraints.txt tools/setup.sh
 	PYTHON="$(PYTHON)" VENV="$(VENV)" EXTRAS="$(EXTRAS)" bash tools/setup.sh
 	touch $@
 
-demo: setup  ## the whole pipeline on the pictures in demo/shards (about ten minutes on two cores)
+demo: setup  ## the whole pipeline on the pictures in demo/shards
 	$(BIN)/python demo/run.py $(DEMO_ARGS)
 
 test: setup  ## all tests
