@@ -13,9 +13,9 @@ NUM_TRIES = 10
 NUM_DRAWS = 4 * NUM_TRIES + 1
 
 
-def center_boxes(sizes_N2: np.ndarray, ratio: float = 1.0) -> np.ndarray:
-    """The centre square whose side is `ratio` of the shorter side: evaluation's resize and centre crop in one."""
-    side_N = np.maximum(1, np.round(sizes_N2.min(axis=1) * ratio)).astype(np.int64)
+def center_boxes(sizes_N2: np.ndarray) -> np.ndarray:
+    """The largest centre square: evaluation's resize and centre crop in one."""
+    side_N = sizes_N2.min(axis=1).astype(np.int64)
     corner_N2 = (sizes_N2 - side_N[:, None]) // 2
     return np.concatenate([corner_N2, side_N[:, None], side_N[:, None]], axis=1).astype(np.int32)
 

@@ -58,11 +58,6 @@ class Group:
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.process_group)
         return values
 
-    def broadcast(self, values: Tensor) -> Tensor:
-        """Rank 0's values to all, in place; returns its argument. One broadcast."""
-        dist.broadcast(values, src=dist.get_global_rank(self.process_group, 0), group=self.process_group)
-        return values
-
     def gather_objects(self, item: T) -> list[T]:
         """Small Python objects of all ranks, in rank order, on every rank. Not for a training step."""
         items: list[T | None] = [None] * self.size

@@ -122,7 +122,7 @@ def save_engine(engine: Any, folder: Path) -> None:
 
 
 def load_engine(engine: Any, folder: Path) -> None:
-    """Restore the engine's state, reading tensors and DeepSpeed's own three plain classes, and no other pickles.
+    """Restore the engine's state, reading tensors and DeepSpeed's own four plain classes, and no other pickles.
 
     Collective. The number of ranks must be that of the saving run.
     """

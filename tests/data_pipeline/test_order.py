@@ -193,13 +193,11 @@ def test_crops_lie_inside_images_of_any_size(area: tuple[float, float], aspect: 
     boxes, _ = random_boxes(sizes, np.arange(len(sizes)), 0, 0, area, aspect)
     assert_inside(boxes, sizes)
     assert_inside(center_boxes(sizes), sizes)
-    assert_inside(center_boxes(sizes, 0.875), sizes)
 
 
 def test_center_boxes_are_centred_squares() -> None:
     sizes = np.array([(100, 100), (101, 60), (5, 8)], np.int32)
     assert center_boxes(sizes).tolist() == [[0, 0, 100, 100], [20, 0, 60, 60], [0, 1, 5, 5]]
-    assert center_boxes(sizes[:1], 0.5).tolist() == [[25, 25, 50, 50]]
 
 
 def test_crops_have_the_promised_distribution() -> None:
