@@ -18,7 +18,7 @@ from mlcd_ds.errors import UserError
 from mlcd_ds.heads.partial_fc import HeadConfig
 from mlcd_ds.manifest import Frozen, first_problem
 from mlcd_ds.models.vit import ViTConfig
-from mlcd_ds.objectives.mlcd import MLCDConfig
+from mlcd_ds.objectives.class_losses import ObjectiveConfig
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
@@ -36,7 +36,7 @@ class DataConfig(Frozen):
 
 
 class OptimizerConfig(Frozen):
-    """AdamW for backbone and head, with one schedule."""
+    """AdamW for the backbone; its numbers and its schedule also for the head."""
 
     lr: float = Field(gt=0, description="peak learning rate")
     weight_decay: float = Field(0.2, ge=0, description="on matrices only (paper: 0.2)")
@@ -69,7 +69,7 @@ class Recipe(Frozen):
     description: str = Field(min_length=1, description="what the run is, and what is to be expected of it")
     model: ViTConfig
     data: DataConfig = DataConfig()
-    objective: MLCDConfig = MLCDConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     head: HeadConfig = HeadConfig()
     optimizer: OptimizerConfig
     train: TrainConfig
@@ -83,6 +83,11 @@ class Recipe(Frozen):
             )
         if self.head.init == "centers" and self.data.labels and not self.data.clusters:
             raise ValueError("head.init is centers, but data.clusters is not given: add data.clusters=FOLDER")
+        if self.head.sampling == "partial_fc" and self.train.micro_batch_per_rank:
+            raise ValueError(
+                "head.sampling partial_fc draws around the labels of a whole batch, which micro-batches cut: set "
+                "train.micro_batch_per_rank=null or head.sampling=uniform"
+            )
         if self.optimizer.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} is not below train.steps {self.train.steps}: "

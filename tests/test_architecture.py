@@ -94,7 +94,7 @@ def test_every_file_keeps_to_its_place(path: Path) -> None:
         ("clustering/kmeans.py", "import faiss"),
         ("models/vit.py", "from mlcd_ds.engine.trainer import Trainer"),
         ("heads/partial_fc.py", "from mlcd_ds import train"),
-        ("objectives/mlcd.py", "from mlcd_ds.stage import main"),
+        ("objectives/class_losses.py", "from mlcd_ds.stage import main"),
         ("engine/trainer.py", "import mlcd_ds.cluster"),
         ("distributed/launch.py", "from mlcd_ds.heads import partial_fc"),
         ("manifest.py", "from mlcd_ds.config import Recipe"),

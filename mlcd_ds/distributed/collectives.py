@@ -5,6 +5,7 @@ B rows on this rank, G = R * B rows of all ranks, in rank order; R ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -67,3 +68,11 @@ class Group:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.all_reduce_sum(torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def subgroup(world: Group, partition: Sequence[Sequence[int]]) -> Group:
+    """The part of `partition` (ranks of the whole job) that this rank is in. Collective over `world`."""
+    if len(partition) == 1:
+        return world
+    groups = [dist.new_group(list(ranks)) for ranks in partition]
+    return next(Group(group) for group, ranks in zip(groups, partition, strict=True) if world.rank in ranks)

@@ -1,12 +1,13 @@
-"""AdamW with decay groups, for backbone and head."""
+"""The optimizers of backbone and head, as the recipe describes them."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mlcd_ds.config import OptimizerConfig
-from mlcd_ds.distributed.collectives import Group
+from mlcd_ds.heads.partial_fc import PartialFCHead
+from mlcd_ds.heads.row_optimizer import AdamWRule, RowOptimizer, RowRule, SGDRule
 
 
 def backbone_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -19,25 +20,17 @@ def backbone_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
-def head_optimizer(head: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Dense AdamW over this rank's centres."""
-    return torch.optim.AdamW(
-        head.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-    )
+def head_optimizer(head: PartialFCHead, config: OptimizerConfig) -> RowOptimizer:
+    """The centres' optimizer, as the head's settings say."""
+    rule: RowRule
+    if head.config.optimizer == "adamw":
+        rule = AdamWRule(config.betas, config.eps, config.weight_decay)
+    else:
+        rule = SGDRule(head.config.momentum, config.weight_decay)
+    return RowOptimizer(head, rule, config.head_clip_norm, is_lazy=head.config.update == "lazy")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the rate of all groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def clip_sharded_gradient(parameter: nn.Parameter, max_norm: float, group: Group) -> Tensor:
-    """Scale the gradient of a class-sharded parameter so that its norm over all shards is at most `max_norm`.
-
-    Returns the norm before, as a tensor (no host synchronisation). Collective: all-reduce of one number.
-    """
-    assert parameter.grad is not None
-    norm = group.all_reduce_sum(parameter.grad.square().sum()).sqrt()
-    parameter.grad.mul_((max_norm / (norm + 1e-6)).clamp_max(1.0))
-    return norm

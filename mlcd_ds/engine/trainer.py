@@ -28,13 +28,14 @@ from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.deepspeed import initialize_engine
 from mlcd_ds.engine.checkpoint import Checkpointer
 from mlcd_ds.engine.metrics import RunLog, log_data_pages, peak_memory_mb
-from mlcd_ds.engine.optimizer import backbone_optimizer, clip_sharded_gradient, head_optimizer, set_learning_rate
+from mlcd_ds.engine.optimizer import backbone_optimizer, head_optimizer, set_learning_rate
 from mlcd_ds.engine.schedule import warmup_cosine
 from mlcd_ds.engine.stopping import StopRequest
 from mlcd_ds.errors import UserError
+from mlcd_ds.heads.groups import make_head_groups
 from mlcd_ds.heads.partial_fc import PartialFCHead, attach_gradient
 from mlcd_ds.models.vit import ViT
-from mlcd_ds.objectives.mlcd import MLCDLoss
+from mlcd_ds.objectives.class_losses import ClassLoss
 
 
 def plan_batches(recipe: Recipe, group: Group) -> StreamSlice:
@@ -63,8 +64,7 @@ class StepResult:
     """Of one optimizer step: means over the global batch, gradient norms before clipping. Tensors, no host sync."""
 
     loss: Tensor
-    negative_term: Tensor
-    positive_term: Tensor
+    loss_parts: dict[str, Tensor]
     head_grad_norm: Tensor
     lr: float
 
@@ -89,8 +89,14 @@ class Trainer:
         self.engine = initialize_engine(backbone.to(device), backbone_optimizer(backbone, recipe.optimizer), ds_config)
         self.dtype = next(self.engine.module.parameters()).dtype
         self.head = PartialFCHead(
-            labels.num_centers, recipe.model.embed_dim, recipe.head, MLCDLoss(recipe.objective), group, seed
-        ).to(device)
+            labels.num_centers,
+            recipe.model.embed_dim,
+            recipe.head.with_precision(recipe.train.precision),
+            ClassLoss(recipe.objective),
+            make_head_groups(group, recipe.head.parallel_size),
+            seed,
+            device,
+        )
         self.head.init_weights(None if recipe.head.init == "normal" else self._own_centers(recipe.data.clusters))
         self.head_optimizer = head_optimizer(self.head, recipe.optimizer)
         self.loader = TrainLoader(
@@ -132,21 +138,20 @@ class Trainer:
             final_fraction=config.final_lr,
         )
         set_learning_rate(self.engine.optimizer, lr)
-        set_learning_rate(self.head_optimizer, lr * config.head_lr_scale)
         self.head.resample(step)
         num_micro_batches = self.plan.num_micro_batches
-        sums_3 = torch.zeros(3, device=self.device)
+        outputs = []
         for _ in range(num_micro_batches):
             batch = next(batches)
             emb_BE = F.normalize(self.engine(batch.images_B3SS.to(self.dtype)).float(), dim=1)
             output = self.head(emb_BE, batch.labels_BP, weight=1 / num_micro_batches)
             self.engine.backward(attach_gradient(emb_BE, output, self.group.size))
             self.engine.step()  # acts at the last micro-batch
-            sums_3 += torch.stack([output.loss, output.negative_term, output.positive_term])
-        head_norm = clip_sharded_gradient(self.head.weight_LE, config.head_clip_norm, self.group)
-        self.head_optimizer.step()
-        self.head_optimizer.zero_grad(set_to_none=False)
-        return StepResult(*(sums_3 / num_micro_batches), head_grad_norm=head_norm, lr=lr)
+            outputs.append(output)
+        head_norm = self.head_optimizer.step(lr * config.head_lr_scale)
+        parts = {name: torch.stack([output.parts[name] for output in outputs]).mean() for name in outputs[0].parts}
+        loss = torch.stack([output.loss for output in outputs]).mean()
+        return StepResult(loss, parts, head_norm, lr)
 
     def fit(self, stop: StopRequest) -> bool:
         """Train from the newest checkpoint to the last step. Returns False when asked to stop, after saving."""
@@ -199,8 +204,7 @@ class Trainer:
             done,
             {
                 "loss/total": loss,
-                "loss/negatives": float(result.negative_term),
-                "loss/positives": float(result.positive_term),
+                **{f"loss/{name}": float(value) for name, value in result.loss_parts.items()},
                 "optimizer/lr": result.lr,
                 "optimizer/grad_norm_backbone": float(self.engine.get_global_grad_norm() or 0.0),
                 "optimizer/grad_norm_head": float(result.head_grad_norm),

@@ -1,35 +1,65 @@
-"""The partial-FC head: a centre for each class, sharded by class over all ranks, outside the DeepSpeed engine.
+"""The partial-FC head: a centre for each class, sharded by class, outside the DeepSpeed engine.
 
-B images on this rank, G of all ranks, E embedding, L classes on this rank, S of them sampled, P labels an image,
-K pairs (image, label) whose label lives on this rank.
+docs/head.md derives what is computed here, lists the collectives with their sizes and the memory.
+
+B images on this rank, G of all ranks that share the classes, E embedding, F of its dimensions in use, L classes on
+this rank, S of them sampled, P labels an image.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mlcd_ds.distributed.collectives import Group
+from mlcd_ds.heads.centers import Centers, sample_features
 from mlcd_ds.heads.class_shards import class_range
+from mlcd_ds.heads.groups import HeadGroups
 from mlcd_ds.heads.initial import normal_centers, projected_centers
-from mlcd_ds.heads.sampling import sample_classes
+from mlcd_ds.heads.kernels import choose_exp_block
+from mlcd_ds.heads.matmul import Matmul
+from mlcd_ds.heads.negatives import Negatives
+from mlcd_ds.heads.positives import Positives
+from mlcd_ds.heads.sampling import sample_around, sample_classes
 from mlcd_ds.manifest import Frozen
-from mlcd_ds.objectives.mlcd import MLCDLoss
+from mlcd_ds.objectives.class_losses import ClassLoss
 
 
 class HeadConfig(Frozen):
     """The head's own settings."""
 
     sample_rate: float = Field(0.1, gt=0, le=1, description="r: part of the classes drawn as negatives each step (0.1)")
+    sampling: Literal["uniform", "partial_fc"] = Field(
+        "uniform", description="uniform: r exactly; partial_fc: all of the batch's labels, filled up, for comparison"
+    )
     init: Literal["normal", "centers"] = Field(
         "normal", description="first centres: random, or the k-means centres in data.clusters, projected"
     )
     init_std: float = Field(0.01, gt=0, description="deviation of the first centres' entries")
+    parallel_size: int | None = Field(
+        None, ge=1, description="ranks that share the classes; null: all; fewer: every so many ranks hold a copy"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of the products; sums, weights and moments are fp32. auto: fp32 where the backbone's is"
+    )
+    kernel: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="of the logits' blocks; auto: triton on a GPU where it is installed, else torch"
+    )
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="of the centres")
+    update: Literal["lazy", "dense"] = Field(
+        "lazy", description="lazy: a step moves the rows that it touched; dense: all rows, as torch's optimizers do"
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+
+    def with_precision(self, backbone: str) -> HeadConfig:
+        """These settings with precision "auto" decided by the backbone's."""
+        chosen = "fp32" if backbone == "fp32" else "bf16"
+        return self if self.precision != "auto" else self.model_copy(update={"precision": chosen})
 
 
 @dataclass(frozen=True)
@@ -37,91 +67,153 @@ class HeadOutput:
     """Means over the global batch (no gradient), and the gradient of the loss for this rank's embeddings [B, E]."""
 
     loss: Tensor
-    negative_term: Tensor
-    positive_term: Tensor
+    parts: dict[str, Tensor]
     emb_grad_BE: Tensor
 
 
 class PartialFCHead(nn.Module):
     """Class centres of this rank, and the loss over the classes of all ranks.
 
-    The loss is the mean over the global batch; the centres' gradient is that of this mean and needs no averaging.
+    The loss is the mean over the global batch; the centres' gradient is that of this mean and needs no averaging. It is
+    kept dense, `grad_LE`, and `touched_L` is 1 for the rows that a step has touched.
     """
 
+    weight_LE: nn.Parameter
+    grad_LE: Tensor
+    touched_L: Tensor
+
     def __init__(
-        self, num_classes: int, dim: int, config: HeadConfig, objective: MLCDLoss, group: Group, seed: int
+        self,
+        num_classes: int,
+        dim: int,
+        config: HeadConfig,
+        objective: ClassLoss,
+        groups: HeadGroups,
+        seed: int,
+        device: torch.device | str = "cpu",
     ) -> None:
+        """`config.precision` "auto" is fp32 here; whoever knows the backbone's precision decides."""
         super().__init__()
-        self.config, self.objective, self.group, self.seed = config, objective, group, seed
-        self.classes = class_range(num_classes, group.size, group.rank)
-        self.weight_LE = nn.Parameter(torch.full((len(self.classes), dim), float("nan")))
-        self.sampled_S = torch.empty(0, dtype=torch.int64)
+        self.config, self.objective, self.groups, self.seed = config, objective, groups, seed
+        self.classes = class_range(num_classes, groups.classes.size, groups.classes.rank)
+        self.matmul = Matmul(config.precision == "bf16", torch.device(device).type)
+        self.exp_block = choose_exp_block(config.kernel, self.matmul)
+        shape = len(self.classes), dim
+        self.weight_LE = nn.Parameter(torch.full(shape, float("nan"), device=device), requires_grad=False)
+        self.register_buffer("grad_LE", torch.zeros(shape, device=device), persistent=False)
+        self.register_buffer("touched_L", torch.zeros(shape[0], dtype=torch.uint8, device=device), persistent=False)
+        self._step = 0
+        self._features_F: Tensor | None = None
+        self.sampled_S = torch.empty(0, dtype=torch.int64, device=device)
+        self._side_stream = torch.cuda.Stream() if self.weight_LE.is_cuda else None
+        self._in_flight: list[Any] = []  # what the side stream still reads
 
     def init_weights(self, centers_LE: Tensor | None = None) -> None:
         """Set the centres: from N(0, init_std), or from this rank's k-means centres where they are given."""
-        dim = self.weight_LE.shape[1]
+        dim, std = self.weight_LE.shape[1], self.config.init_std
         if centers_LE is None:
-            rows_LE = normal_centers(self.classes, dim, self.config.init_std, self.seed)
+            rows_LE = normal_centers(self.classes, dim, std, self.seed)
         else:
-            rows_LE = projected_centers(centers_LE, self.classes.num_classes, dim, self.config.init_std, self.group)
+            rows_LE = projected_centers(centers_LE, self.classes.num_classes, dim, std, self.groups.classes)
         with torch.no_grad():
             self.weight_LE.copy_(rows_LE)
 
     def resample(self, step: int) -> None:
-        """Draw the negatives of an optimizer step; all its micro-batches share them."""
-        sampled_S = sample_classes(self.classes, self.config.sample_rate, self.seed, step)
-        self.sampled_S = sampled_S.to(self.weight_LE.device)
+        """Draw the negatives and the dimensions of an optimizer step; all its micro-batches share them."""
+        device, config = self.weight_LE.device, self.config
+        self._step = step
+        self._features_F = sample_features(
+            self.weight_LE.shape[1], self.objective.config.feature_rate, self.seed, step, device
+        )
+        if config.sampling == "uniform":
+            self.sampled_S = sample_classes(self.classes, config.sample_rate, self.seed, step, device)
 
+    @torch.no_grad()
     def forward(self, emb_BE: Tensor, labels_BP: Tensor, weight: float = 1.0) -> HeadOutput:
-        """Loss and gradients of a micro-batch; adds `weight` times the centres' gradient to `weight_LE.grad`.
+        """Loss and gradients of a micro-batch; adds `weight` times the centres' gradient to `grad_LE`.
 
-        `emb_BE` unit length, fp32; `labels_BP` int64 global classes, -1 for none. B is the same on every rank.
-        Collectives: all-gather of embeddings and labels, all-reduce of [2, G] sums, reduce-scatter of [G, E] gradients.
+        `emb_BE` unit length, fp32; `labels_BP` int64 global classes, nearest first, -1 for none. B is the same on every
+        rank. Collectives: all-gathers of embeddings and labels over `data`; all-reduce of [1 + P, G] over `classes`;
+        reduce-scatter of [G, E] over `data`; with a tensor-parallel backbone an all-reduce of [B, E]; with replicas one
+        of the loss's parts.
         """
-        emb_GE = self.group.all_gather(emb_BE.detach()).requires_grad_()
-        labels_GP = without_repeats(self.group.all_gather(labels_BP))
-        images_K, rows_K = self._pairs(labels_GP)
-        with torch.enable_grad():
-            centers_SE = self.weight_LE.detach()[self.sampled_S].requires_grad_()
-            centers_KE = self.weight_LE.detach()[rows_K].requires_grad_()
-            cosines_GS = emb_GE @ F.normalize(centers_SE, dim=1).T
-            cosines_GS = cosines_GS.masked_fill(self._own(images_K, rows_K, cosines_GS.shape), -torch.inf)
-            cosines_K = (emb_GE[images_K] * F.normalize(centers_KE, dim=1)).sum(dim=1)
-            negative_G = self.objective.negative_sums(cosines_GS)
-            positive_G = self.objective.positive_sums(cosines_K, images_K, len(emb_GE))
-        totals_2G = self.group.all_reduce_sum(torch.stack([negative_G.detach(), positive_G.detach()]))
-        terms_2G = torch.stack(self.objective.terms(*totals_2G))
-        slopes_2G = torch.stack(self.objective.slopes(*totals_2G)) / len(emb_GE)
-        emb_grad_GE, grad_SE, grad_KE = torch.autograd.grad(
-            [negative_G, positive_G], [emb_GE, centers_SE, centers_KE], list(slopes_2G)
-        )
-        self._accumulate(grad_SE, rows_K, grad_KE, weight)
-        means_2 = terms_2G.mean(dim=1)
-        return HeadOutput(means_2.sum(), means_2[0], means_2[1], self.group.reduce_scatter_sum(emb_grad_GE))
+        emb_BF, lengths_B1 = self._used_dimensions(emb_BE)
+        labels_BP = labels_BP[:, : self.objective.num_labels]
+        with self.matmul.active():
+            emb_GF = self.groups.data.all_gather(self.matmul.cast(emb_BF))
+            labels_GP = without_repeats(self.groups.data.all_gather(labels_BP))
+            centers = Centers(self.weight_LE.detach(), self.grad_LE, self._features_F)
+            positives = Positives.find(labels_GP, self.classes)
+            negatives = self._negatives(centers, positives, len(emb_GF))
+            sums_G, slopes_GF = negatives.sums(emb_GF)
+            shared = torch.cat([sums_G[None], positives.cosines(emb_GF, centers).T])
+            sums_G, *cosines_PG = self.groups.classes.all_reduce_sum(shared)
+            parts_G, slope_G, slopes_GP = self.objective.slopes(
+                sums_G.log() + self.objective.shift, torch.stack(cosines_PG, dim=1), labels_GP >= 0
+            )
+            num_images = len(emb_GF) * self.groups.num_replicas
+            # Where an image has no negative its slope is 0; the quotient would not be a number.
+            factors_G = torch.where(sums_G > 0, slope_G / sums_G, 0.0) / num_images
+            slopes_GP /= num_images
+            emb_grad_GF = slopes_GF.mul_(factors_G[:, None])
+            positives.add_emb_gradients(centers, slopes_GP, emb_grad_GF)
+            emb_grad_BF = self.groups.data.reduce_scatter_sum(emb_grad_GF)
+            with self._off_the_critical_path(emb_GF, factors_G, slopes_GP, negatives, positives):
+                negatives.add_row_gradients(emb_GF, factors_G * weight)
+                positives.add_row_gradients(emb_GF, centers, slopes_GP * weight)
+                self.touched_L[self.sampled_S] = 1
+                self.touched_L.scatter_reduce_(0, positives.rows_K, positives.is_here_K.to(torch.uint8), "amax")
+        if self.groups.tensor:
+            self.groups.tensor.all_reduce_sum(emb_grad_BF)
+        means = torch.stack([part_G.sum() / num_images for part_G in parts_G.values()])
+        if self.groups.replicas:
+            self.groups.replicas.all_reduce_sum(means)
+        emb_grad_BE = self._all_dimensions(emb_grad_BF, emb_BF, lengths_B1, emb_BE)
+        return HeadOutput(means.sum(), dict(zip(parts_G, means, strict=True)), emb_grad_BE)
 
-    def _pairs(self, labels_GP: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and local class rows [K] of the labels that live here."""
-        local_GP = labels_GP - self.classes.begin
-        images_K, places_K = ((labels_GP >= 0) & (local_GP >= 0) & (local_GP < len(self.classes))).nonzero(
-            as_tuple=True
-        )
-        return images_K, local_GP[images_K, places_K]
+    def finish_gradient(self) -> None:
+        """Wait for `grad_LE` and `touched_L`, and sum them over replicas. Collectives: all-reduces of both there."""
+        if self._side_stream:
+            torch.cuda.current_stream().wait_stream(self._side_stream)
+            self._in_flight.clear()
+        if self.groups.replicas:
+            self.groups.replicas.all_reduce_sum(self.grad_LE)
+            self.groups.replicas.all_reduce_max(self.touched_L)
 
-    def _own(self, images_K: Tensor, rows_K: Tensor, shape: torch.Size) -> Tensor:
-        """Mask [G, S] of the sampled classes that are positives of the image."""
-        slots_L = torch.full((len(self.classes),), -1, device=rows_K.device)
-        slots_L[self.sampled_S] = torch.arange(len(self.sampled_S), device=rows_K.device)
-        slots_K = slots_L[rows_K]
-        # Classes that were not sampled go to a column of their own, which is cut off: selecting them would synchronise.
-        mask = torch.zeros(shape[0], shape[1] + 1, dtype=torch.bool, device=rows_K.device)
-        mask[images_K, slots_K] = True
-        return mask[:, :-1]
+    def _negatives(self, centers: Centers, positives: Positives, num_images: int) -> Negatives:
+        config, device = self.config, self.weight_LE.device
+        if config.sampling == "partial_fc":
+            rows_K = positives.rows_K[positives.is_here_K]
+            self.sampled_S = sample_around(rows_K, self.classes, config.sample_rate, self.seed, self._step, device)
+        slots_GP = positives.slots(self.sampled_S, len(self.classes), num_images)
+        scale, shift = self.objective.config.scale, self.objective.shift
+        return Negatives(centers, self.sampled_S, slots_GP, scale, shift, self.exp_block, self.matmul)
 
-    def _accumulate(self, grad_SE: Tensor, rows_K: Tensor, grad_KE: Tensor, weight: float) -> None:
-        if self.weight_LE.grad is None:
-            self.weight_LE.grad = torch.zeros_like(self.weight_LE)
-        self.weight_LE.grad.index_add_(0, self.sampled_S, grad_SE, alpha=weight)
-        self.weight_LE.grad.index_add_(0, rows_K, grad_KE, alpha=weight)
+    def _used_dimensions(self, emb_BE: Tensor) -> tuple[Tensor, Tensor]:
+        """The dimensions in use, at unit length again, and their length before."""
+        if self._features_F is None:
+            return emb_BE, emb_BE.new_ones(len(emb_BE), 1)
+        part_BF = emb_BE[:, self._features_F]
+        lengths_B1 = part_BF.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        return part_BF / lengths_B1, lengths_B1
+
+    def _all_dimensions(self, grad_BF: Tensor, emb_BF: Tensor, lengths_B1: Tensor, emb_BE: Tensor) -> Tensor:
+        """The gradient of the whole embedding, from that of `_used_dimensions`."""
+        if self._features_F is None:
+            return grad_BF
+        across_BF = (grad_BF - (grad_BF * emb_BF).sum(dim=1, keepdim=True) * emb_BF) / lengths_B1
+        return torch.zeros_like(emb_BE, dtype=across_BF.dtype).index_copy_(1, self._features_F, across_BF)
+
+    @contextmanager
+    def _off_the_critical_path(self, *inputs: Any) -> Iterator[None]:
+        """On a GPU: a stream of its own beside the backbone's backward, until `finish_gradient`."""
+        if not self._side_stream:
+            yield
+            return
+        self._in_flight.append(inputs)
+        self._side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side_stream):
+            yield
 
 
 def without_repeats(labels_GP: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The head's state on disk: centres, moments and step by class range, so that any number of ranks can read it.
+"""The head's state on disk: centres, moments and steps by class range, so that any number of ranks can read it.
 
-One safetensors file a writing rank, `head-BEGIN-END.safetensors`, with `weight`, `exp_avg`, `exp_avg_sq` [rows, E] of
-the classes BEGIN ... END - 1 and the optimizer's `step`.
+One safetensors file a writing rank, `head-BEGIN-END.safetensors`, with the rows of the classes BEGIN ... END - 1:
+`weight` [rows, E], the optimizer's moments [rows, E], and `step` int32 [rows], how often a row was moved.
 """
 
 from __future__ import annotations
@@ -10,53 +10,67 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.partial_fc import PartialFCHead
+from mlcd_ds.heads.row_optimizer import RowOptimizer
 from mlcd_ds.manifest import write_atomic
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 FILE_NAME = re.compile(r"head-(\d+)-(\d+)\.safetensors")
 
 
-def save_head(folder: Path, head: PartialFCHead, optimizer: torch.optim.Optimizer) -> None:
-    """Write this rank's classes."""
-    state = optimizer.state[head.weight_LE]
-    tensors = {"weight": head.weight_LE.detach(), "step": state["step"].reshape(1)}
-    tensors.update({name: state[name] for name in MOMENTS})
-    content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+def save_head(folder: Path, head: PartialFCHead, optimizer: RowOptimizer) -> None:
+    """Write this rank's classes; of ranks that hold the same classes the first one writes."""
+    if head.groups.replicas and not head.groups.replicas.is_main:
+        return
+    content = save({name: tensor.cpu().contiguous() for name, tensor in _state(head, optimizer).items()})
     path = folder / f"head-{head.classes.begin:010d}-{head.classes.end:010d}.safetensors"
     write_atomic(path, lambda file: file.write(content))
 
 
-def load_head(folder: Path, head: PartialFCHead, optimizer: torch.optim.Optimizer) -> None:
+def load_head(folder: Path, head: PartialFCHead, optimizer: RowOptimizer) -> None:
     """Read this rank's classes from whichever files hold them. UserError names a damaged file or the gap."""
-    device, dim = head.weight_LE.device, head.weight_LE.shape[1]
-    parts = {name: [torch.empty(0, dim)] for name in ("weight", *MOMENTS)}
-    step, reached = torch.zeros(1), head.classes.begin
+    targets, reached = _state(head, optimizer), head.classes.begin
     for path, begin, end in head_files(folder):
         first, last = max(begin, reached), min(end, head.classes.end)
         if begin > reached or first >= last:
             continue
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name, rows in parts.items():
-                    rows.append(file.get_slice(name)[first - begin : last - begin])
-                step = file.get_tensor("step")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({error}): remove {folder} to use an older checkpoint.") from None
+        _read_rows(path, begin, end, slice(first, last), targets, head.classes.begin)
         reached = last
     if reached != head.classes.end:
         raise UserError(
             f"{folder}: no head file holds classes {reached} to {head.classes.end - 1}: a shard is missing."
         )
-    with torch.no_grad():
-        head.weight_LE.copy_(torch.cat(parts["weight"]))
-    moments = {name: torch.cat(parts[name]).to(device) for name in MOMENTS}
-    optimizer.state[head.weight_LE] = {"step": step.reshape(()).clone(), **moments}
+
+
+def _state(head: PartialFCHead, optimizer: RowOptimizer) -> dict[str, Tensor]:
+    return {"weight": head.weight_LE.detach(), **optimizer.state}
+
+
+def _read_rows(path: Path, begin: int, end: int, classes: slice, targets: dict[str, Tensor], first_target: int) -> None:
+    """Copy rows of one file, which holds classes [begin, end), to their places."""
+    fix = f"remove {path.parent} to use an older checkpoint"
+    try:
+        with safe_open(path, framework="pt") as file:
+            missing = sorted(targets.keys() - set(file.keys()))
+            if missing:
+                raise UserError(
+                    f"{path} holds no {missing[0]!r}: it was saved with another head.optimizer. Set that one, or {fix}."
+                )
+            for name, target in targets.items():
+                rows = file.get_slice(name)
+                expected = [end - begin, *target.shape[1:]]
+                if rows.get_shape() != expected:
+                    raise UserError(f"{path}: {name!r} has shape {rows.get_shape()} instead of {expected}: {fix}.")
+                # Straight to its place: no rank ever holds more than its own classes.
+                target[classes.start - first_target : classes.stop - first_target] = rows[
+                    classes.start - begin : classes.stop - begin
+                ]
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {fix}.") from None
 
 
 def head_files(folder: Path) -> Iterator[tuple[Path, int, int]]:

@@ -22,9 +22,10 @@ from mlcd_ds.distributed.deepspeed import choose_accelerator, fill_ds_config, in
 from mlcd_ds.distributed.launch import Launch, process_group
 from mlcd_ds.engine.checkpoint import Checkpointer
 from mlcd_ds.engine.optimizer import backbone_optimizer, head_optimizer
+from mlcd_ds.heads.groups import make_head_groups
 from mlcd_ds.heads.partial_fc import PartialFCHead
 from mlcd_ds.models.vit import ViT
-from mlcd_ds.objectives.mlcd import MLCDLoss
+from mlcd_ds.objectives.class_losses import ClassLoss
 
 MOST_POINTS = 200
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"}
@@ -49,11 +50,13 @@ def child(out: Path, point: int, report: int) -> None:
         batch |= {"gradient_accumulation_steps": (1, "test"), "gradient_clipping": (1.0, "test")}
         config = fill_ds_config(read_ds_config(DS_CONFIG), DS_CONFIG, batch)
         engine = initialize_engine(backbone, backbone_optimizer(backbone, recipe.optimizer), config)
-        head = PartialFCHead(5, recipe.model.embed_dim, recipe.head, MLCDLoss(recipe.objective), group, 0)
+        groups = make_head_groups(group)
+        head = PartialFCHead(5, recipe.model.embed_dim, recipe.head, ClassLoss(recipe.objective), groups, 0)
         head.init_weights()
         optimizer = head_optimizer(head, recipe.optimizer)
-        head.weight_LE.grad = torch.ones_like(head.weight_LE)
-        optimizer.step()
+        head.grad_LE.fill_(1)
+        head.touched_L.fill_(1)
+        optimizer.step(recipe.optimizer.lr)
         checkpointer = Checkpointer(recipe, 1, engine, head, optimizer, group, {})
         step = checkpointer.resume()
         os.write(report, f"{point} {step} ".encode())

@@ -191,7 +191,8 @@ def test_dump_and_load_round_trip(tmp_path: Path) -> None:
         ({"train": {"global_batch": 20}}, "train.global_batch 20 .*data.num_streams 6"),
         ({"optimizer": {"warmup_steps": 8}}, "optimizer.warmup_steps 8 .*train.steps 8"),
         ({"model": {"patch_size": 15}}, "image_size 32 is not a multiple of patch_size 15"),
-        ({"objective": {"scale": 130.0, "margin": 0.9}}, "scale 130.0 with margin 0.9"),
+        ({"objective": {"scale": 141.0}}, "objective.scale.*140"),
+        ({"objective": {"name": "unicom", "num_labels": 8}}, "unicom takes one label"),
     ],
 )
 def test_a_bad_recipe_names_place_and_fix(sections: dict[str, Any], message: str) -> None:

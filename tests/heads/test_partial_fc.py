@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_harness import assert_close, assert_differs, run_ranks
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlcd_ds.config import OptimizerConfig
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.engine.optimizer import clip_sharded_gradient, head_optimizer
+from mlcd_ds.engine.optimizer import head_optimizer
 from mlcd_ds.errors import UserError
+from mlcd_ds.heads.groups import make_head_groups
 from mlcd_ds.heads.partial_fc import HeadConfig, PartialFCHead, attach_gradient, without_repeats
+from mlcd_ds.heads.row_optimizer import RowOptimizer
 from mlcd_ds.heads.state import load_head, save_head
-from mlcd_ds.objectives.mlcd import MLCDConfig, MLCDLoss
+from mlcd_ds.objectives.class_losses import ClassLoss, ObjectiveConfig
 
 NUM_CLASSES, DIM, GLOBAL_BATCH, NUM_LABELS = 37, 8, 18, 3
 MANY_CLASSES = 9001  # more than two blocks of initial centres
@@ -26,7 +29,8 @@ RANK_COUNTS = (1, 2, 3)
 
 def make_head(group: Group, rate: float = 1.0, num_classes: int = NUM_CLASSES) -> PartialFCHead:
     config = HeadConfig(sample_rate=rate, init_std=0.1)
-    head = PartialFCHead(num_classes, DIM, config, MLCDLoss(MLCDConfig(scale=16.0)), group, seed=3)
+    loss = ClassLoss(ObjectiveConfig(scale=16.0))
+    head = PartialFCHead(num_classes, DIM, config, loss, make_head_groups(group), seed=3)
     head.init_weights()
     return head
 
@@ -51,17 +55,13 @@ def run_head(group: Group, folder: Path) -> dict[str, object]:
             head(*make_batch(number, group))
         after = head.sampled_S.clone()
 
-    head = make_head(group)
-    optimizer = head_optimizer(head, OptimizerConfig(lr=1e-2, warmup_steps=0))
+    head = make_head(group, rate=0.3)
+    optimizer = make_optimizer(head)
     for step in range(3):
         head.resample(step)
         head(*make_batch(step, group))
-        unclipped = head.weight_LE.grad.clone()
-        norm = clip_sharded_gradient(head.weight_LE, 0.05, group)
-        clipped = head.weight_LE.grad.clone()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-    loose = head_grad_after_loose_clip(head, unclipped, group)
+        gradient = head.grad_LE.clone()
+        norm = optimizer.step(1e-2)
     target = folder / str(group.size)
     target.mkdir(exist_ok=True)
     save_head(target, head, optimizer)
@@ -69,20 +69,17 @@ def run_head(group: Group, folder: Path) -> dict[str, object]:
     return {
         "initial": initial,
         "sampled": (before, after),
-        "unclipped": unclipped,
+        "gradient": gradient,
+        "cleared": not head.grad_LE.any() and not head.touched_L.any(),
         "norm": norm,
-        "clipped": clipped,
-        "loose": loose,
         "state": state_of(head, optimizer),
         "accumulated": accumulated_gradient(group, num_micro_batches=3),
         "at once": accumulated_gradient(group, num_micro_batches=1),
     }
 
 
-def head_grad_after_loose_clip(head: PartialFCHead, grad: Tensor, group: Group) -> Tensor:
-    head.weight_LE.grad = grad.clone()
-    clip_sharded_gradient(head.weight_LE, 1e3, group)
-    return head.weight_LE.grad.clone()
+def make_optimizer(head: PartialFCHead, max_norm: float = 5.0) -> RowOptimizer:
+    return head_optimizer(head, OptimizerConfig(lr=1e-2, warmup_steps=0, head_clip_norm=max_norm))
 
 
 def accumulated_gradient(group: Group, num_micro_batches: int) -> tuple[Tensor, Tensor]:
@@ -94,11 +91,11 @@ def accumulated_gradient(group: Group, num_micro_batches: int) -> tuple[Tensor, 
         head(emb, labels, weight=1 / num_micro_batches)
         for emb, labels in zip(emb_BE.chunk(num_micro_batches), labels_BP.chunk(num_micro_batches), strict=True)
     ]
-    return torch.stack([output.loss for output in outputs]).mean(), head.weight_LE.grad
+    return torch.stack([output.loss for output in outputs]).mean(), head.grad_LE
 
 
-def state_of(head: PartialFCHead, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {"weight": head.weight_LE.detach(), **optimizer.state[head.weight_LE]}
+def state_of(head: PartialFCHead, optimizer: RowOptimizer) -> dict[str, Tensor]:
+    return {"weight": head.weight_LE.detach(), **optimizer.state}
 
 
 def load_all(group: Group, folder: Path) -> dict[int, dict[str, Tensor]]:
@@ -106,13 +103,14 @@ def load_all(group: Group, folder: Path) -> dict[int, dict[str, Tensor]]:
     loaded = {}
     for num_writers in RANK_COUNTS:
         head = make_head(group)
-        optimizer = head_optimizer(head, OptimizerConfig(lr=1e-2, warmup_steps=0))
+        optimizer = make_optimizer(head)
         load_head(folder / str(num_writers), head, optimizer)
         state = {name: tensor.clone() for name, tensor in state_of(head, optimizer).items()}
+        head.config = HeadConfig(sample_rate=1.0)  # a sample depends on the ranks' ranges
         head.resample(3)
         head(*make_batch(3, group))
-        optimizer.step()
-        loaded[num_writers] = {**state, "next": head.weight_LE.detach(), "next step": state_of(head, optimizer)["step"]}
+        optimizer.step(1e-2)
+        loaded[num_writers] = {**state, "next": head.weight_LE.detach(), "next step": optimizer.state["step"]}
     return loaded
 
 
@@ -146,19 +144,13 @@ def test_sampled_classes_do_not_depend_on_the_labels(by_ranks: dict, num_ranks: 
 
 
 @pytest.mark.parametrize("num_ranks", RANK_COUNTS)
-def test_clipping_by_the_norm_over_all_shards(by_ranks: dict, num_ranks: int) -> None:
+def test_the_norm_is_that_over_all_shards(by_ranks: dict, num_ranks: int) -> None:
     ranks = by_ranks[num_ranks]
-    parameter = torch.nn.Parameter(torch.zeros(NUM_CLASSES, DIM, dtype=torch.float64))
-    parameter.grad = whole(ranks, "unclipped").double()
-    norm = torch.nn.utils.clip_grad_norm_([parameter], 0.05)
-    assert norm > 0.5, "the gradient is clipped"
     for rank in ranks:
-        assert_close("norm", rank["norm"], norm, 5e-7)  # measured 6e-8
-    assert_close("clipped", whole(ranks, "clipped"), parameter.grad, 1e-6)  # measured 2e-7
-    assert torch.equal(whole(ranks, "loose"), whole(ranks, "unclipped")), "a small gradient stays as it is"
+        assert rank["cleared"]
+        assert_close("norm", rank["norm"], whole(ranks, "gradient").double().norm(), 5e-7)  # measured 6e-8
     if num_ranks > 1:
-        own_norm = ranks[0]["unclipped"].norm()
-        assert_differs("norm of one shard", ranks[0]["norm"], own_norm, 5e-7)
+        assert_differs("norm of one shard", ranks[0]["norm"], ranks[0]["gradient"].norm(), 5e-7)
 
 
 @pytest.mark.parametrize("num_ranks", RANK_COUNTS)
@@ -197,11 +189,11 @@ def test_state_of_any_number_of_ranks_is_read_by_any_other(
 ) -> None:
     written = [rank["state"] for rank in by_ranks[num_writers]]
     read = [rank[num_writers] for rank in loaded_by(num_readers, saved)]
-    for name in ("weight", "exp_avg", "exp_avg_sq"):
+    for name in ("weight", "exp_avg", "exp_avg_sq", "step"):
         assert torch.equal(whole(written, name), whole(read, name)), name
         assert whole(read, name).abs().sum() > 0
-    assert {state["step"].item() for state in written} == {state["step"].item() for state in read} == {3}
-    assert {state["next step"].item() for state in read} == {4}, "the loaded state is the one that the optimizer uses"
+    assert set(whole(read, "step").tolist()) > {1, 2}, "rows were touched a different number of times"
+    assert torch.equal(whole(read, "next step"), whole(read, "step") + 1), "the optimizer goes on from what was loaded"
     continued = [rank[num_writers]["next"] for rank in loaded_by(1, saved)]
     assert_close("a step later", torch.cat([state["next"] for state in read]), torch.cat(continued), 1e-5)
 
@@ -214,7 +206,7 @@ def test_known_bad_state_is_told_apart(saved: Path, by_ranks: dict) -> None:
 
 def load_damaged(group: Group, folder: Path) -> str:
     head = make_head(group)
-    optimizer = head_optimizer(head, OptimizerConfig(lr=1e-2, warmup_steps=0))
+    optimizer = make_optimizer(head)
     try:
         load_head(folder, head, optimizer)
     except UserError as error:
@@ -228,18 +220,24 @@ def load_all_damaged(group: Group, folders: list[Path]) -> list[str]:
 
 def test_missing_and_damaged_files_are_named(saved: Path, by_ranks: dict, tmp_path: Path) -> None:
     names = sorted(path.name for path in (saved / "3").iterdir())
-    folders = [tmp_path / name for name in ("missing", "last", "truncated", "short", "empty", "none")]
-    for folder in folders[:-1]:
+    folders = [tmp_path / name for name in ("missing", "last", "truncated", "short", "empty", "none", "rows", "sgd")]
+    for folder in (*folders[:-3], *folders[-2:]):
         shutil.copytree(saved / "3", folder)
-    folders[-1].mkdir()
+    folders[5].mkdir()
+    tensors = load_file(saved / "3" / names[1])
+    save_file({name: tensor[:-1].clone() for name, tensor in tensors.items()}, folders[6] / names[1])
+    of_sgd = {"weight": tensors["weight"], "momentum": tensors["exp_avg"], "step": tensors["step"]}
+    save_file(of_sgd, folders[7] / names[1])
     (folders[0] / names[1]).unlink()
     (folders[1] / names[2]).unlink()
     for folder, num_bytes in zip(folders[2:5], (-1, 20, 0), strict=True):
         path = folder / names[1]
         path.write_bytes(path.read_bytes()[:num_bytes])
-    missing, last, *broken, none = run_ranks(load_all_damaged, 1, folders)[0]
+    missing, last, *broken, none, rows, sgd = run_ranks(load_all_damaged, 1, folders)[0]
     assert "no head file holds classes 12 to 36" in missing and str(folders[0]) in missing
     assert "no head file holds classes 24 to 36" in last
     for folder, message in zip(folders[2:5], broken, strict=True):
         assert str(folder / names[1]) in message, message
     assert "no head file holds classes 0 to 36" in none
+    assert str(folders[-2] / names[1]) in rows and "[11, 8] instead of [12, 8]" in rows
+    assert str(folders[-1] / names[1]) in sgd and "'exp_avg'" in sgd and "head.optimizer" in sgd

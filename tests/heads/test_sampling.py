@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mlcd_ds.errors import UserError
+from mlcd_ds.heads.centers import sample_features
 from mlcd_ds.heads.class_shards import ClassRange, class_range
-from mlcd_ds.heads.sampling import num_sampled, sample_classes
+from mlcd_ds.heads.sampling import num_sampled, sample_around, sample_classes
 
 CLASSES = ClassRange(100, 150, 400)
 
@@ -85,3 +86,26 @@ def test_steps_and_seeds_and_ranges_are_independent_of_each_other() -> None:
 def test_the_same_seed_and_step_draw_the_same(seed: int) -> None:
     first, again = (sample_classes(CLASSES, 0.1, seed, 2_000_000) for _ in range(2))
     assert torch.equal(first, again)
+
+
+def test_partial_fc_keeps_every_label_and_fills_up() -> None:
+    rows_K = torch.tensor([3, 3, 17, 49])
+    sampled = [sample_around(rows_K, CLASSES, 0.5, 0, step) for step in range(400)]
+    for sampled_S in sampled:
+        assert len(sampled_S) == 25 and (sampled_S.diff() > 0).all() and {3, 17, 49} <= set(sampled_S.tolist())
+    counts = torch.bincount(torch.cat(sampled), minlength=50)
+    assert counts[[3, 17, 49]].tolist() == [400] * 3
+    others = counts[[row for row in range(50) if row not in (3, 17, 49)]]
+    # 22 of 47 others a step: 187 +- 10
+    assert 130 < others.min() and others.max() < 245
+    many = torch.arange(30)
+    assert sample_around(many, CLASSES, 0.1, 0, 0).tolist() == many.tolist(), "more labels than r allows: no negatives"
+
+
+def test_features_are_the_same_on_all_ranks_and_change_with_the_step() -> None:
+    assert sample_features(16, 1.0, 0, 0, torch.device("cpu")) is None
+    drawn = [sample_features(16, 0.5, 0, step, torch.device("cpu")) for step in range(50)]
+    for features_F in drawn:
+        assert len(features_F) == 8 and (features_F.diff() > 0).all() and features_F.max() < 16
+    assert torch.equal(drawn[3], sample_features(16, 0.5, 0, 3, torch.device("cpu")))
+    assert len({tuple(features_F.tolist()) for features_F in drawn}) > 40

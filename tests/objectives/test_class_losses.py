@@ -1,4 +1,4 @@
-"""The MLCD loss and its gradients on 1, 2 and 3 ranks, against the paper's equations written out in float64."""
+"""The losses and their gradients on 1, 2 and 3 ranks, against their equations written out in float64."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mlcd_ds.distributed.collectives import Group
+from mlcd_ds.heads.groups import make_head_groups
 from mlcd_ds.heads.partial_fc import HeadConfig, PartialFCHead
-from mlcd_ds.objectives.mlcd import MLCDConfig, MLCDLoss
+from mlcd_ds.objectives.class_losses import ClassLoss, ObjectiveConfig
 
 NUM_CLASSES, DIM, BATCH, NUM_LABELS = 37, 8, 4, 3  # 37 divides by neither 2 nor 3
 STEP = 5
@@ -30,6 +31,10 @@ class Case:
     form: str
     rate: float
     labels: str = "random"
+    name: str = "mlcd"
+    num_labels: int | None = None
+    feature_rate: float = 1.0
+    sampling: str = "uniform"
 
 
 CASES = {
@@ -45,6 +50,15 @@ CASES = {
     "all images have the same labels": Case(16, 0.3, "cosface", 0.5, "shared"),
     "repeated labels and padding": Case(16, 0.3, "cosface", 0.5, "repeated"),
     "no labels at all": Case(16, 0.3, "cosface", 0.5, "none"),
+    "two nearest labels": Case(16, 0.3, "cosface", 0.5, num_labels=2),
+    "some dimensions": Case(16, 0.3, "cosface", 0.5, feature_rate=0.5),
+    "partial_fc": Case(16, 0.3, "cosface", 0.2, sampling="partial_fc"),
+    "mlc": Case(16, 0.3, "cosface", 0.5, "repeated", "mlc"),
+    "mlc, s 64": Case(64, 0.3, "cosface", 0.5, name="mlc"),
+    "unicom": Case(16, 0.3, "arcface", 0.5, name="unicom", feature_rate=0.5),
+    "unicom, s 64": Case(64, 0.3, "cosface", 0.5, "repeated", "unicom"),
+    "averaged softmax": Case(16, 0.3, "cosface", 0.5, "repeated", "averaged_softmax"),
+    "averaged softmax, s 64": Case(64, 0.3, "cosface", 0.5, name="averaged_softmax"),
 }
 EXTREMES = {form: Case(64, 0.3, form, 1.0, "aligned") for form in ("cosface", "none", "arcface")}
 # Measured over all cases and rank counts, relative to the largest entry: losses 1.2e-7, gradients 2.0e-6 (s 64 without
@@ -83,12 +97,25 @@ def make_embeddings(labels_GP: Tensor, weight_CE: Tensor, kind: str) -> Tensor:
     return torch.nn.functional.normalize(emb_GE, dim=1)
 
 
+def objective_of(case: Case) -> ClassLoss:
+    return ClassLoss(
+        ObjectiveConfig(
+            name=case.name,
+            scale=case.scale,
+            margin=case.margin,
+            margin_form=case.form,
+            num_labels=case.num_labels,
+            feature_rate=case.feature_rate,
+        )
+    )
+
+
 def run_cases(group: Group, cases: dict[str, Case]) -> dict[str, dict[str, Tensor]]:
     """Per case: inputs of all ranks, and what the head makes of them on this one."""
     results = {}
     for name, case in cases.items():
-        objective = MLCDLoss(MLCDConfig(scale=case.scale, margin=case.margin, margin_form=case.form))
-        head = PartialFCHead(NUM_CLASSES, DIM, HeadConfig(sample_rate=case.rate, init_std=1.0), objective, group, 3)
+        config = HeadConfig(sample_rate=case.rate, sampling=case.sampling, init_std=1.0)
+        head = PartialFCHead(NUM_CLASSES, DIM, config, objective_of(case), make_head_groups(group), 3)
         head.init_weights()
         head.resample(STEP)
         weight_CE = torch.cat(group.gather_objects(head.weight_LE.detach()))
@@ -101,11 +128,12 @@ def run_cases(group: Group, cases: dict[str, Case]) -> dict[str, dict[str, Tenso
             "labels_GP": labels_GP,
             "emb_GE": emb_GE,
             "sampled": head.sampled_S + head.classes.begin,
+            "features": range(DIM) if case.feature_rate == 1 else head._features_F,
             "loss": output.loss,
-            "negative_term": output.negative_term,
-            "positive_term": output.positive_term,
+            **output.parts,
             "emb_grad_BE": output.emb_grad_BE,
-            "weight_grad_LE": head.weight_LE.grad,
+            "weight_grad_LE": head.grad_LE,
+            "touched_L": head.touched_L,
         }
     return results
 
@@ -132,26 +160,38 @@ def oracle(
     emb_GE = ranks[0]["emb_GE"].double().requires_grad_()
     weight_CE = ranks[0]["weight_CE"].double().requires_grad_()
     sampled = {int(c) for rank in ranks for c in rank["sampled"]}
+    features = [int(feature) for feature in ranks[0]["features"]]
     one = [torch.zeros((), dtype=torch.float64)] if with_one else []
     tiny = [torch.tensor(-1e3, dtype=torch.float64)]  # so that an empty sum has a logarithm
-    negatives, positives = [], []
-    for emb_E, labels in zip(emb_GE, ranks[0]["labels_GP"].tolist(), strict=True):
+    num_labels = 1 if case.name == "unicom" else case.num_labels
+    parts = []
+    for emb_E, labels in zip(emb_GE, ranks[0]["labels_GP"][:, :num_labels].tolist(), strict=True):
         own = {c for c in labels if c >= 0}
+        emb_F = emb_E[features] if len(features) == DIM else emb_E[features] / emb_E[features].norm()
 
-        def cosine(c: int, emb_E: Tensor = emb_E) -> Tensor:
-            return emb_E @ (weight_CE[c] / weight_CE[c].norm())
+        def cosine(c: int, emb_F: Tensor = emb_F) -> Tensor:
+            return emb_F @ (weight_CE[c][features] / weight_CE[c][features].norm())
 
         z_neg = [case.scale * cosine(c) for c in sorted(sampled) if c in classes and not (mask_own and c in own)]
         z_pos = [case.scale * margin_of(cosine(c), case.margin, case.form) for c in sorted(own) if c in classes]
-        negatives.append(torch.logsumexp(torch.stack(one + tiny + z_neg), 0))
-        positives.append(torch.logsumexp(torch.stack(one + tiny + [-z for z in z_pos]), 0))
-    negative_term, positive_term = torch.stack(negatives).mean(), torch.stack(positives).mean()
-    loss = negative_term + positive_term
+        n = torch.logsumexp(torch.stack(tiny + z_neg), 0)
+        p = torch.logsumexp(torch.stack(tiny + [-z for z in z_pos]), 0)
+        if case.name == "mlcd":
+            parts.append({"negatives": torch.logsumexp(torch.stack([*one, n]), 0)})
+            parts[-1]["positives"] = torch.logsumexp(torch.stack([*one, p]), 0)
+        elif case.name == "averaged_softmax":
+            losses = [-torch.log(z.exp() / (z.exp() + n.exp())) for z in z_pos]
+            parts.append({"softmax": sum(losses, torch.zeros(())) / max(1, len(losses))})
+        elif case.name == "unicom":
+            parts.append({"joint": -torch.log(z_pos[0].exp() / (z_pos[0].exp() + n.exp())) if z_pos else n * 0})
+        else:
+            parts.append({"joint": torch.log(1 + n.exp() * p.exp())})
+    means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+    loss = sum(means.values())
     loss.backward()
     return {
         "loss": loss.detach(),
-        "negative_term": negative_term.detach(),
-        "positive_term": positive_term.detach(),
+        **{name: value.detach() for name, value in means.items()},
         "emb_grad": emb_GE.grad,
         "weight_grad": weight_CE.grad,
     }
@@ -169,7 +209,7 @@ def of_case(num_ranks: int, name: str) -> list[dict[str, Tensor]]:
 def whole(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The head's results in the oracle's shapes: gradients of all ranks in a row."""
     return {
-        **{key: ranks[0][key] for key in ("loss", "negative_term", "positive_term")},
+        **{key: ranks[0][key] for key in ("loss", "negatives", "positives", "joint", "softmax") if key in ranks[0]},
         "emb_grad": torch.cat([rank["emb_grad_BE"] for rank in ranks]),
         "weight_grad": torch.cat([rank["weight_grad_LE"] for rank in ranks]),
     }
@@ -180,13 +220,16 @@ def whole(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def test_loss_and_gradients_equal_the_dense_oracle(name: str, num_ranks: int) -> None:
     ranks = of_case(num_ranks, name)
     expected, got = oracle(ranks, CASES[name]), whole(ranks)
-    for key in ("loss", "negative_term", "positive_term"):
+    for key in expected.keys() - {"emb_grad", "weight_grad"}:
         assert len({rank[key].item() for rank in ranks}) == 1, f"{key} differs between ranks"
         assert_close(key, got[key], expected[key], LOSS_TOLERANCE)
     assert_close("gradient of the embeddings", got["emb_grad"], expected["emb_grad"], GRAD_TOLERANCE)
     assert_close("gradient of the centres", got["weight_grad"], expected["weight_grad"], GRAD_TOLERANCE)
-    untouched = expected["weight_grad"].abs().sum(dim=1) == 0
-    assert not got["weight_grad"][untouched].any(), "a centre that the loss does not see has a gradient"
+    touched = torch.cat([rank["touched_L"] for rank in ranks]) > 0
+    sampled = {int(c) for rank in ranks for c in rank["sampled"]}
+    labels = ranks[0]["labels_GP"][:, : objective_of(CASES[name]).num_labels]
+    assert touched.nonzero().flatten().tolist() == sorted(sampled | set(labels[labels >= 0].tolist()))
+    assert not got["weight_grad"][~touched].any(), "a centre that the loss does not see has a gradient"
 
 
 def test_the_cases_hold_what_they_promise() -> None:
@@ -214,7 +257,7 @@ def test_cosines_of_one_stay_finite_at_scale_64(form: str, num_ranks: int) -> No
     assert cosines_GC.max() > 1 - 1e-6 and cosines_GC.min() < -1 + 1e-6
     for value in got.values():
         assert torch.isfinite(value).all()
-    for key in ("loss", "negative_term", "positive_term"):
+    for key in ("loss", "negatives", "positives"):
         assert_close(key, got[key], expected[key], LOSS_TOLERANCE)
     if form != "arcface":  # its slope is infinite at cos = 1; fp32 puts a bound to it
         assert_close("gradient of the embeddings", got["emb_grad"], expected["emb_grad"], GRAD_TOLERANCE)
@@ -228,19 +271,19 @@ def test_known_bad_twins_are_told_apart(num_ranks: int) -> None:
     got = whole(ranks)
 
     unmasked = oracle(ranks, case, mask_own=False)
-    assert_differs("own positives as negatives", got["negative_term"], unmasked["negative_term"], LOSS_TOLERANCE)
+    assert_differs("own positives as negatives", got["negatives"], unmasked["negatives"], LOSS_TOLERANCE)
     assert_differs("own positives as negatives", got["weight_grad"], unmasked["weight_grad"], GRAD_TOLERANCE)
 
     no_margin = oracle(ranks, Case(case.scale, 0.0, case.form, case.rate))
-    assert_differs("no margin", got["positive_term"], no_margin["positive_term"], LOSS_TOLERANCE)
+    assert_differs("no margin", got["positives"], no_margin["positives"], LOSS_TOLERANCE)
     assert_differs("no margin", got["emb_grad"], no_margin["emb_grad"], GRAD_TOLERANCE)
     other_form = oracle(ranks, Case(case.scale, case.margin, "arcface", case.rate))
-    assert_differs("other margin", got["positive_term"], other_form["positive_term"], LOSS_TOLERANCE)
+    assert_differs("other margin", got["positives"], other_form["positives"], LOSS_TOLERANCE)
 
     summed = oracle(ranks, case)["weight_grad"] * len(ranks[0]["emb_GE"])
     assert_differs("sum instead of mean", got["weight_grad"], summed, GRAD_TOLERANCE)
 
-    for name, key in {"no margin, r .5": "positive_term", "r .1": "negative_term"}.items():
+    for name, key in {"no margin, r .5": "positives", "r .1": "negatives"}.items():
         ranks, case = of_case(num_ranks, name), CASES[name]
         got, without_one = whole(ranks), oracle(ranks, case, with_one=False)
         assert_differs("constant 1 left out", got[key], without_one[key], LOSS_TOLERANCE)
@@ -262,59 +305,52 @@ def test_a_gradient_that_is_not_summed_over_ranks_is_told_apart(num_ranks: int) 
 
 def test_two_terms_are_the_factored_loss() -> None:
     """log(1 + A) + log(1 + B) = log(1 + A + B + AB), the paper's Eq. 5 without an image's own pairs of zeros."""
-    loss = MLCDLoss(MLCDConfig(scale=16.0, margin=0.3))
+    loss = ClassLoss(ObjectiveConfig(scale=16.0, margin=0.3))
     generator = torch.Generator().manual_seed(0)
     negatives_GS = torch.rand(5, 20, generator=generator, dtype=torch.float64) * 2 - 1
-    positives_K = torch.rand(9, generator=generator, dtype=torch.float64) * 2 - 1
-    images_K = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 4])
-    terms = loss.terms(loss.negative_sums(negatives_GS), loss.positive_sums(positives_K, images_K, 5))
+    cosines_GP = torch.rand(5, 3, generator=generator, dtype=torch.float64) * 2 - 1
+    is_label_GP = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [0, 0, 0], [0, 0, 1]]).bool()
+    parts = loss.parts(torch.logsumexp(16 * negatives_GS, 1), cosines_GP, is_label_GP)
     A_G = torch.exp(16 * negatives_GS).sum(dim=1)
-    B_G = torch.stack([torch.exp(-16 * (positives_K[images_K == b] - 0.3)).sum() for b in range(5)])
+    B_G = (torch.exp(-16 * (cosines_GP - 0.3)) * is_label_GP).sum(dim=1)
+    total = parts["negatives"] + parts["positives"]
     # float64 throughout: measured 2e-16
-    assert_close("factored", terms[0] + terms[1], torch.log(1 + A_G + B_G + A_G * B_G), 1e-13)
-    assert_differs("without the product", terms[0] + terms[1], torch.log(1 + A_G + B_G), 1e-13)
-    assert terms[1][3] == 0  # an image without a positive
+    assert_close("factored", total, torch.log(1 + A_G + B_G + A_G * B_G), 1e-13)
+    assert_differs("without the product", total, torch.log(1 + A_G + B_G), 1e-13)
+    assert parts["positives"][3] == 0  # an image without a label
 
 
-def test_slopes_are_the_derivatives_of_the_terms() -> None:
-    loss = MLCDLoss(MLCDConfig(scale=8.0, margin=0.3, margin_form="arcface"))
-    sums_2G = torch.tensor([[1e-3, 0.2, 40.0], [1e-4, 3.0, 7.0]], dtype=torch.float64, requires_grad=True)
-    torch.stack(loss.terms(*sums_2G)).sum().backward()
-    # float64: measured 2e-16
-    assert_close("slopes", torch.stack(loss.slopes(*sums_2G.detach())), sums_2G.grad, 1e-13)
-
-
+@pytest.mark.parametrize("name", ["mlcd", "mlc", "averaged_softmax"])
 @pytest.mark.parametrize(
     ("scale", "margin", "form"),
-    [
-        (1.0, 0.3, "cosface"),
-        (64.0, 0.3, "cosface"),
-        (64.0, 0.99, "cosface"),
-        (107.0, 0.3, "cosface"),
-        (64.0, 0.5, "arcface"),
-        (64.0, 0.99, "arcface"),
-        (140.0, 0.3, "none"),
-    ],
+    [(1.0, 0.3, "cosface"), (64.0, 0.99, "cosface"), (140.0, 0.3, "cosface"), (140.0, 0.99, "arcface")],
 )
-def test_sums_stay_inside_fp32_over_the_whole_range_of_settings(scale: float, margin: float, form: str) -> None:
-    """Millions of the largest summands do not overflow, and the constant 1 does not vanish from an empty sum."""
-    loss = MLCDLoss(MLCDConfig(scale=scale, margin=margin, margin_form=form))
-    largest = loss.negative_sums(torch.ones(1, 1)) * 4e6
-    worst = loss.positive_sums(torch.full((1,), -1.0), torch.zeros(1, dtype=torch.int64), 1) * 64
-    terms = torch.stack(loss.terms(largest, worst))
-    least = margin_of(torch.tensor(-1.0, dtype=torch.float64), margin, form).item()
-    expected = torch.tensor([[scale + math.log(4e6)], [-scale * least + math.log(64)]])
-    if scale == 1.0:  # the constant counts
-        expected = torch.log1p(torch.exp(expected))
-    assert_close("terms", terms, expected, 1e-6)  # measured 1e-7
-    empty = torch.stack(loss.terms(torch.zeros(1), torch.zeros(1)))
-    assert empty.abs().max() < 2e-5  # log(1) = 0, up to fp32's rounding of a shift of up to 70
-    assert torch.isfinite(torch.stack(loss.slopes(torch.zeros(1), torch.zeros(1)))).all()
+def test_values_and_slopes_are_finite_over_the_whole_range_of_settings(
+    name: str, scale: float, margin: float, form: str
+) -> None:
+    """All cosines 1, all -1, no negative at all, no label at all."""
+    loss = ClassLoss(ObjectiveConfig(name=name, scale=scale, margin=margin, margin_form=form))
+    largest = math.log(4e6) + scale
+    negatives_G = torch.tensor([largest, -largest, -math.inf, largest, -math.inf])
+    cosines_GP = torch.tensor([[-1.0, 1.0], [1.0, 1.0], [-1.0, -1.0], [0.0, 0.0], [0.0, 0.0]])
+    is_label_GP = torch.tensor([[1, 1], [1, 0], [1, 1], [0, 0], [0, 0]]).bool()
+    parts, slope_G, slopes_GP = loss.slopes(negatives_G, cosines_GP, is_label_GP)
+    assert all(torch.isfinite(part).all() and (part >= 0).all() for part in parts.values())
+    assert torch.isfinite(slope_G).all() and torch.isfinite(slopes_GP).all()
+    assert (slope_G >= 0).all() and (slope_G[[2, 4]] == 0).all(), "no negative, no slope"
+    assert (slopes_GP <= 0).all() and (slopes_GP[~is_label_GP] == 0).all()
 
 
-@pytest.mark.parametrize(
-    ("scale", "margin", "form"), [(140.0, 0.3, "cosface"), (110.0, 0.9, "arcface"), (150.0, 0.0, "none")]
-)
-def test_settings_that_leave_fp32_are_refused(scale: float, margin: float, form: str) -> None:
+@pytest.mark.parametrize("scale", [1.0, 64.0, 140.0])
+def test_sums_of_negatives_stay_inside_fp32(scale: float) -> None:
+    """A million of the largest summands do not overflow; at a cosine of 0 the smallest is a normal number."""
+    shift = ClassLoss(ObjectiveConfig(scale=scale)).shift
+    largest, middle = torch.exp(torch.tensor([scale - shift, -shift]))
+    assert torch.isfinite(largest * 4e6) and middle > torch.finfo(torch.float32).tiny
+
+
+def test_settings_that_contradict_are_refused() -> None:
     with pytest.raises(ValidationError, match="scale"):
-        MLCDConfig(scale=scale, margin=margin, margin_form=form)
+        ObjectiveConfig(scale=141.0)
+    with pytest.raises(ValidationError, match="one label"):
+        ObjectiveConfig(name="unicom", num_labels=8)

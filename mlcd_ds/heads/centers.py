@@ -1,0 +1,49 @@
+"""A rank's class centres as the loss sees them: some rows, and perhaps only some of their dimensions.
+
+L classes on this rank, E embedding, F of its dimensions in use, n rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mlcd_ds.heads.sampling import mixed_seed
+
+EPS = 1e-12  # of torch.nn.functional.normalize
+
+
+@dataclass(frozen=True)
+class Centers:
+    """Rows to read, and the gradient to add to. `features_F` None: all dimensions."""
+
+    weight_LE: Tensor
+    grad_LE: Tensor
+    features_F: Tensor | None = None
+
+    def unit_rows(self, rows_n: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows at unit length [n, F], and their lengths [n, 1]."""
+        centers_nF = self.weight_LE[rows_n]
+        if self.features_F is not None:
+            centers_nF = centers_nF[:, self.features_F]
+        lengths_n1 = centers_nF.norm(dim=1, keepdim=True).clamp_min(EPS)
+        return centers_nF.div_(lengths_n1), lengths_n1
+
+    def add_gradient(self, rows_n: Tensor, grad_nF: Tensor, unit_nF: Tensor, lengths_n1: Tensor) -> None:
+        """Add the gradient of rows at unit length to that of the rows: its part along the row falls away."""
+        across_nF = grad_nF.sub((grad_nF * unit_nF).sum(dim=1, keepdim=True) * unit_nF).div_(lengths_n1)
+        if self.features_F is not None:
+            padded_nE = across_nF.new_zeros(len(rows_n), self.weight_LE.shape[1])
+            across_nF = padded_nE.index_copy_(1, self.features_F, across_nF)
+        self.grad_LE.index_add_(0, rows_n, across_nF)
+
+
+def sample_features(dim: int, rate: float, seed: int, step: int, device: torch.device) -> Tensor | None:
+    """UNICOM's random part of the embedding: sorted dimensions int64 [F], the same on every rank; None for all."""
+    if rate == 1.0:
+        return None
+    generator = torch.Generator().manual_seed(mixed_seed(seed, step, -1))
+    chosen_F = torch.randperm(dim, generator=generator)[: max(1, round(rate * dim))].sort().values
+    return chosen_F.to(device, non_blocking=True)

@@ -1,0 +1,58 @@
+"""Which ranks share the classes, which share images, and which repeat each other.
+
+    classes   ranks that hold all classes between them
+    data      ranks of `classes` with different images: embeddings are gathered over these
+    tensor    ranks of `classes` with the same images: a tensor-parallel backbone's; None where it has one rank
+    replicas  ranks of different `classes` groups that hold the same classes; None where there is one group
+
+By default all ranks share the classes. With smaller head groups embeddings travel less far (inside a node, say), and
+the centres' gradients are summed over the groups instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlcd_ds.distributed.collectives import Group, subgroup
+from mlcd_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class HeadGroups:
+    """This rank's groups, see above."""
+
+    classes: Group
+    data: Group
+    tensor: Group | None = None
+    replicas: Group | None = None
+
+    @property
+    def num_replicas(self) -> int:
+        return self.replicas.size if self.replicas else 1
+
+
+def make_head_groups(world: Group, head_parallel: int | None = None, tensor_parallel: int = 1) -> HeadGroups:
+    """Split the ranks; consecutive ones belong together. Raises UserError where the sizes do not divide.
+
+    Collective: every rank makes every group.
+    """
+    size, tensor = world.size, tensor_parallel
+    if size % tensor:
+        raise UserError(f"tensor parallel size {tensor} does not divide the {size} ranks.")
+    shards = head_parallel or size
+    if size % shards or shards % tensor:
+        choices = [n for n in range(tensor, size + 1, tensor) if size % n == 0]
+        raise UserError(
+            f"head.parallel_size {shards} must divide the {size} ranks and be a multiple of the tensor parallel size "
+            f"{tensor}: take one of {choices}, or leave it out for {size}."
+        )
+    blocks = [range(first, first + shards) for first in range(0, size, shards)]
+    data = [block[place::tensor] for block in blocks for place in range(tensor)]
+    peers = [range(first, first + tensor) for first in range(0, size, tensor)]
+    twins = [range(place, size, shards) for place in range(shards)]
+    return HeadGroups(
+        classes=subgroup(world, blocks),
+        data=subgroup(world, data),
+        tensor=subgroup(world, peers) if tensor > 1 else None,
+        replicas=subgroup(world, twins) if shards < size else None,
+    )

@@ -1,0 +1,22 @@
+"""Which implementation forms the logits' blocks."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+from mlcd_ds.errors import UserError
+from mlcd_ds.heads.matmul import Matmul
+from mlcd_ds.heads.negatives import ExpBlock, TorchExpBlock
+
+
+def choose_exp_block(kernel: Literal["auto", "torch", "triton"], matmul: Matmul) -> ExpBlock:
+    """The block's implementation by `head.kernel`. UserError when triton is asked for and is not there."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    if kernel == "torch" or (kernel == "auto" and not (has_triton and matmul.device_type == "cuda")):
+        return TorchExpBlock(matmul)
+    if not has_triton:
+        raise UserError("head.kernel is triton, which is not installed: pip install triton, or set head.kernel=torch.")
+    from mlcd_ds.heads.triton_exp import TritonExpBlock
+
+    return TritonExpBlock(matmul)

@@ -1,0 +1,91 @@
+"""Losses over class centres, each as a function of two things that ranks can share by one small all-reduce: the
+log-sum of an image's negatives, and the cosines of its labels.
+
+    n = log sum_{j in negatives} e^{s cos_j},   z_i = s * margin(cos_i) for the labels i
+
+    mlcd      log(1 + e^n) + log(1 + sum_i e^{-z_i})        arXiv 2407.17331, Eq. 4-5
+    mlc       log(1 + e^n * sum_i e^{-z_i})                 the same paper's ablation, its Eq. 3
+    unicom    log(1 + e^{n - z_1})                          arXiv 2304.05884: a softmax over the label and the negatives
+    averaged_softmax   mean_i log(1 + e^{n - z_i})          one softmax a label, averaged; for comparison only
+
+An image's own labels are never its negatives, in each of them. G images of all ranks, P labels an image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from mlcd_ds.heads.margins import MarginForm, with_margin
+from mlcd_ds.manifest import Frozen
+
+NOTHING = -1e4  # stands for log(0) where a gradient must stay finite: e^-10000 is 0 in any precision
+
+
+class ObjectiveConfig(Frozen):
+    """Scale and margin form are not published for MLCD; the defaults are those that the same group states for RICE."""
+
+    name: Literal["mlcd", "mlc", "unicom", "averaged_softmax"] = Field("mlcd", description="the loss")
+    scale: float = Field(64.0, gt=0, le=140, description="s, the factor on cosines")
+    margin: float = Field(0.3, ge=0, lt=1, description="m, taken off the labels' cosines (paper: 0.3)")
+    margin_form: MarginForm = Field("cosface", description="cosface: cos - m; arcface: cos(angle + m); none")
+    num_labels: int | None = Field(None, ge=1, description="l, the nearest labels used; null: all there are (paper: 8)")
+    feature_rate: float = Field(
+        1.0, gt=0, le=1, description="part of the embedding's dimensions in the cosines, redrawn each step (UNICOM)"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveConfig:
+        if self.name == "unicom" and self.num_labels not in (None, 1):
+            raise ValueError(f"unicom takes one label an image, num_labels is {self.num_labels}: leave it out")
+        return self
+
+
+@dataclass(frozen=True)
+class ClassLoss:
+    """Values and slopes of one of the losses, from what all ranks know."""
+
+    config: ObjectiveConfig
+
+    @property
+    def shift(self) -> float:
+        """Taken off the negatives' logits before they are exponentiated.
+
+        They lie in [-s, s], so a constant can replace the running maximum of a softmax, and ranks need not agree on
+        one. Half the range leaves room on both sides: at s = 140 a million times e^70 still is a number in fp32, and
+        so is e^-32 at the usual s = 64 and a cosine of 0.
+        """
+        return self.config.scale / 2
+
+    @property
+    def num_labels(self) -> int | None:
+        return 1 if self.config.name == "unicom" else self.config.num_labels
+
+    def parts(self, negatives_G: Tensor, cosines_GP: Tensor, is_label_GP: Tensor) -> dict[str, Tensor]:
+        """The loss [G] as parts that add up to it. `negatives_G` is n, -inf where an image has no negative."""
+        logits_GP = self.config.scale * with_margin(cosines_GP, self.config.margin, self.config.margin_form)
+        if self.config.name == "averaged_softmax":
+            losses_GP = F.softplus(negatives_G[:, None] - logits_GP, threshold=80) * is_label_GP
+            return {"softmax": losses_GP.sum(dim=1) / is_label_GP.sum(dim=1).clamp_min(1)}
+        positives_G = torch.logsumexp((-logits_GP).masked_fill(~is_label_GP, NOTHING), dim=1)
+        if self.config.name == "mlcd":
+            return {
+                "negatives": F.softplus(negatives_G, threshold=80),
+                "positives": F.softplus(positives_G, threshold=80),
+            }
+        return {"joint": F.softplus(negatives_G + positives_G, threshold=80)}
+
+    def slopes(
+        self, negatives_G: Tensor, cosines_GP: Tensor, is_label_GP: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The parts [G], and the loss's derivatives by n [G] and by the labels' cosines [G, P]. No collective."""
+        with torch.enable_grad():
+            leaves = negatives_G.detach().requires_grad_(), cosines_GP.detach().requires_grad_()
+            parts = self.parts(*leaves, is_label_GP)
+            slope_G, slope_GP = torch.autograd.grad(sum(part.sum() for part in parts.values()), leaves)
+        return {name: part.detach() for name, part in parts.items()}, slope_G, slope_GP
