@@ -91,8 +91,10 @@ class DenseMLCD(Reference):
 
 
 class PartialFCPerLabel(Reference):
-    """Partial FC (arXiv 2203.15565), as its authors' multi-label successor uses it: for each of P labels a sample of its
-    own that holds the batch's labels, a softmax over it, and the mean of the P losses."""
+    """Partial FC (arXiv 2203.15565), as its authors' multi-label successor uses it.
+
+    For each of P labels a sample of its own that holds the batch's labels, a softmax over it; the mean of the P losses.
+    """
 
     def loss(self, emb_BE: Tensor, labels_BP: Tensor) -> Tensor:
         emb_GE = F.normalize(_GatherWithGradient.apply(emb_BE, self.group), dim=1)

@@ -26,6 +26,7 @@ class PixelFormat:
     std: tuple[float, float, float]
 
 
+COLORS = ("brightness", "contrast", "saturation", "hue")  # in the order of EncodedBatch.colors_B4
 CLIP_MEAN = (0.48145466 * 255, 0.4578275 * 255, 0.40821073 * 255)
 CLIP_STD = (0.26862954 * 255, 0.26130258 * 255, 0.27577711 * 255)
 
@@ -39,13 +40,15 @@ def clip_pixels(image_size: int) -> PixelFormat:
 class EncodedBatch:
     """Encoded images [B] (JPEG, PNG, WebP bytes), crop boxes [B, 4] (top, left, height, width), flips [B].
 
-    `origin` says where the images are from, for messages.
+    `origin` says where the images are from, for messages. `colors_B4`: factors on brightness, contrast and saturation,
+    and a turn of the hue in degrees; only for a decoder that changes colours.
     """
 
     images: list[bytes]
     boxes_B4: np.ndarray
     flips_B: np.ndarray
     origin: str = "images"
+    colors_B4: np.ndarray | None = None
 
 
 def _import_dali():
@@ -57,13 +60,21 @@ def _import_dali():
 
 
 class ImageDecoder:
-    """Decode, crop, resize (bicubic with antialiasing), flip and normalise batches of a fixed size.
+    """Decode, crop, resize (bicubic with antialiasing), perhaps change colours, flip and normalise batches.
 
     Asynchronous: `push` queues a batch, `pop` returns the images of the oldest, so that decoding overlaps compute.
     Errors of a broken image surface in `pop` as UserError; the decoder is unusable afterwards.
     """
 
-    def __init__(self, batch_size: int, pixels: PixelFormat, device: torch.device, num_threads: int) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        pixels: PixelFormat,
+        device: torch.device,
+        num_threads: int,
+        *,
+        changes_colors: bool = False,
+    ) -> None:
         _import_dali()
         from nvidia.dali import fn, pipeline_def, types
 
@@ -86,6 +97,9 @@ class ImageDecoder:
                 antialias=True,
                 device=place,
             )
+            if changes_colors:
+                colors = {name: fn.external_source(name=name, ndim=0, dtype=types.FLOAT) for name in COLORS}
+                images = fn.color_twist(images, device=place, **colors)
             return fn.crop_mirror_normalize(
                 images,
                 mirror=flip,
@@ -105,6 +119,7 @@ class ImageDecoder:
         )
         self._pipeline.build()
         self.batch_size, self._pixels, self._device = batch_size, pixels, device
+        self._changes_colors = changes_colors
         self._queued: deque[EncodedBatch] = deque()
 
     def push(self, batch: EncodedBatch) -> None:
@@ -114,6 +129,10 @@ class ImageDecoder:
         feed("start", np.ascontiguousarray(batch.boxes_B4[:, :2]))
         feed("shape", np.ascontiguousarray(batch.boxes_B4[:, 2:]))
         feed("flip", np.ascontiguousarray(batch.flips_B))
+        if self._changes_colors:
+            assert batch.colors_B4 is not None
+            for name, values_B in zip(COLORS, batch.colors_B4.T, strict=True):
+                feed(name, np.ascontiguousarray(values_B))
         self._pipeline.schedule_run()
         self._queued.append(batch)
 

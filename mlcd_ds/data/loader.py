@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mlcd_ds.data.colors import NUM_COLORS, random_colors, random_keys
 from mlcd_ds.data.crops import center_boxes, random_boxes
 from mlcd_ds.data.dali import EncodedBatch, ImageDecoder, PixelFormat
 from mlcd_ds.data.label_store import LabelStore
@@ -25,19 +26,26 @@ from mlcd_ds.manifest import Frozen
 
 
 class AugmentConfig(Frozen):
-    """Random-resized crop and flip. The defaults are those of the team's public code; the paper does not say."""
+    """Random-resized crop, flip and colours. The defaults are the team's public code's; the paper does not say."""
 
     crop_area: tuple[float, float] = Field((0.7, 1.0), description="smallest and largest part of the image kept")
     crop_aspect: tuple[float, float] = Field((0.8, 1.25), description="narrowest and widest aspect ratio of the crop")
     flip: bool = Field(True, description="mirror half of the images")
+    color_jitter: float = Field(0.0, ge=0, lt=1, description="brightness, contrast and saturation change by up to this")
+    hue_jitter: float = Field(0.0, ge=0, le=180, description="the hue turns by up to this, degrees")
+
+    @property
+    def changes_colors(self) -> bool:
+        return self.color_jitter > 0 or self.hue_jitter > 0
 
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """A micro-batch on the device: images fp32 [B, 3, S, S], centres int64 [B, P]."""
+    """A micro-batch on the device: images fp32 [B, 3, S, S], centres int64 [B, P], keys of their noise int64 [B]."""
 
     images_B3SS: Tensor
     labels_BP: Tensor
+    keys_B: Tensor
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,9 @@ class TrainLoader:
         self._index, self._labels, self._order, self._part = index, labels, order, part
         self._augment, self._device, self._prefetch = augment, device, prefetch
         self._reader = ShardReader(index)
-        self._decoder = ImageDecoder(part.micro_batch, pixels, device, num_threads)
+        self._decoder = ImageDecoder(
+            part.micro_batch, pixels, device, num_threads, changes_colors=augment.changes_colors
+        )
         self.wait_s = 0.0
 
     def batches(self, first_step: int) -> Iterator[LabelledBatch]:
@@ -96,8 +106,8 @@ class TrainLoader:
         Files are read by one background thread, images decoded by DALI's threads, both ahead of the consumer.
         """
         micro_batch = first_step * self._part.num_micro_batches
-        read: deque[Future[tuple[EncodedBatch, np.ndarray]]] = deque()
-        decoding: deque[np.ndarray] = deque()
+        read: deque[Future[tuple[EncodedBatch, np.ndarray, np.ndarray]]] = deque()
+        decoding: deque[tuple[np.ndarray, np.ndarray]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="read-shards") as pool:
             try:
                 while True:
@@ -106,21 +116,22 @@ class TrainLoader:
                         read.append(pool.submit(self._read, micro_batch))
                         micro_batch += 1
                     while len(decoding) < 2:  # one decodes while the other is consumed
-                        encoded, labels = read.popleft().result()
+                        encoded, labels, keys = read.popleft().result()
                         self._decoder.push(encoded)
-                        decoding.append(labels)
+                        decoding.append((labels, keys))
                         read.append(pool.submit(self._read, micro_batch))
                         micro_batch += 1
                     images = self._decoder.pop()
-                    labels_BP = torch.from_numpy(decoding.popleft()).to(self._device, non_blocking=True)
+                    others = (torch.from_numpy(array) for array in decoding.popleft())
+                    labels_BP, keys_B = (tensor.to(self._device, non_blocking=True) for tensor in others)
                     self.wait_s += time.perf_counter() - begin
-                    yield LabelledBatch(images, labels_BP)
+                    yield LabelledBatch(images, labels_BP, keys_B)
             finally:
                 for future in read:
                     future.cancel()
 
-    def _read(self, micro_batch: int) -> tuple[EncodedBatch, np.ndarray]:
-        """Bytes, boxes and labels of this rank's part of a micro-batch."""
+    def _read(self, micro_batch: int) -> tuple[EncodedBatch, np.ndarray, np.ndarray]:
+        """Bytes and draws, labels and keys of this rank's part of a micro-batch."""
         parts = [self._order.global_ids(*span) for span in self._part.spans(micro_batch)]
         ids, epochs = (np.concatenate(column) for column in zip(*parts, strict=True))
         shards, rows = self._order.locate(ids)
@@ -129,19 +140,17 @@ class TrainLoader:
         sizes = np.stack([table.sizes_N2[row] for table, row in zip(samples, rows, strict=True)])
         labels = np.stack([self._labels.shard(int(s))[r] for s, r in zip(shards, rows, strict=True)]).astype(np.int64)
         boxes, flips = np.empty((len(ids), 4), np.int32), np.zeros(len(ids), np.int32)
+        colors, noise_keys = np.empty((len(ids), NUM_COLORS), np.float32), np.empty(len(ids), np.int64)
+        augment, seed = self._augment, self._order.seed
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            boxes[chosen], flips[chosen] = random_boxes(
-                sizes[chosen],
-                ids[chosen],
-                int(epoch),
-                self._order.seed,
-                self._augment.crop_area,
-                self._augment.crop_aspect,
-            )
+            draw = ids[chosen], int(epoch), seed
+            boxes[chosen], flips[chosen] = random_boxes(sizes[chosen], *draw, augment.crop_area, augment.crop_aspect)
+            colors[chosen] = random_colors(*draw, augment.color_jitter, augment.hue_jitter)
+            noise_keys[chosen] = random_keys(*draw)
         keys = [f"{self._index.shards[int(s)].path}:{t.keys[r]}" for s, t, r in zip(shards, samples, rows, strict=True)]
         flips = flips if self._augment.flip else np.zeros_like(flips)
-        return EncodedBatch(images, boxes, flips, ", ".join(keys)), labels
+        return EncodedBatch(images, boxes, flips, ", ".join(keys), colors), labels, noise_keys
 
     def close(self) -> None:
         """Close the tars."""

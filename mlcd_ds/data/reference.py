@@ -1,7 +1,8 @@
 """The plain loader: what the DALI graph computes, in Pillow and numpy, one image at a time. The oracle of its tests.
 
 Also the specification: decode (EXIF orientation applied, alpha dropped, grey, CMYK and 16 bits turned into 8-bit RGB),
-cut the box, resize with an antialiased cubic filter and round to whole grey levels, mirror, normalise. The filter sees
+cut the box, resize with an antialiased cubic filter and round to whole grey levels, change the colours and round again,
+mirror, normalise. The filter sees
 nothing outside the box: the box's edge pixels are repeated there.
 """
 
@@ -69,10 +70,25 @@ def crop_resize_flip(pixels_HW3: np.ndarray, box: Sequence[int], is_flipped: boo
     return resized[:, ::-1] if is_flipped else resized
 
 
+RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
+
+
+def twist(pixels_HW3: np.ndarray, colors: Sequence[float]) -> np.ndarray:
+    """uint8 [height, width, 3]: hue turned and saturation scaled in YIQ, contrast about grey 128, then brightness."""
+    brightness, contrast, saturation, hue = (float(value) for value in colors)
+    sine, cosine = np.sin(np.deg2rad(hue)), np.cos(np.deg2rad(hue))
+    turn = np.array([[1, 0, 0], [0, cosine, sine], [0, -sine, cosine]]) * [1, saturation, saturation]
+    matrix = np.linalg.inv(RGB_TO_YIQ) @ turn @ RGB_TO_YIQ
+    values = brightness * (contrast * (pixels_HW3 @ matrix.T - 128) + 128)
+    return np.floor(values + 0.5).clip(0, 255).astype(np.uint8)
+
+
 def load(batch: EncodedBatch, pixels: PixelFormat) -> Tensor:
     """Images fp32 [B, 3, S, S] of a batch, normalised: what ImageDecoder gives for it."""
     images = []
-    for encoded, box, is_flipped in zip(batch.images, batch.boxes_B4, batch.flips_B, strict=True):
-        image = crop_resize_flip(decode(encoded), box, bool(is_flipped), pixels.image_size).astype(np.float64)
-        images.append(((image - pixels.mean) / pixels.std).transpose(2, 0, 1).astype(np.float32))
+    colors_B = [None] * len(batch.images) if batch.colors_B4 is None else batch.colors_B4
+    for encoded, box, is_flipped, colors in zip(batch.images, batch.boxes_B4, batch.flips_B, colors_B, strict=True):
+        image = crop_resize_flip(decode(encoded), box, bool(is_flipped), pixels.image_size)
+        image = image if colors is None else twist(image, colors)
+        images.append(((image - np.array(pixels.mean)) / pixels.std).transpose(2, 0, 1).astype(np.float32))
     return torch.from_numpy(np.stack(images))

@@ -34,6 +34,7 @@ from mlcd_ds.engine.stopping import StopRequest
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.groups import make_head_groups
 from mlcd_ds.heads.partial_fc import PartialFCHead, attach_gradient
+from mlcd_ds.models.noise import TrainingNoise
 from mlcd_ds.models.vit import ViT
 from mlcd_ds.objectives.class_losses import ClassLoss
 
@@ -143,7 +144,8 @@ class Trainer:
         outputs = []
         for _ in range(num_micro_batches):
             batch = next(batches)
-            emb_BE = F.normalize(self.engine(batch.images_B3SS.to(self.dtype)).float(), dim=1)
+            noise = TrainingNoise(batch.keys_B, self.recipe.train.drop_path, self.recipe.train.token_drop)
+            emb_BE = F.normalize(self.engine(batch.images_B3SS.to(self.dtype), noise).float(), dim=1)
             output = self.head(emb_BE, batch.labels_BP, weight=1 / num_micro_batches)
             self.engine.backward(attach_gradient(emb_BE, output, self.group.size))
             self.engine.step()  # acts at the last micro-batch

@@ -102,11 +102,15 @@ class Embeddings(nn.Module):
         self.patch_embedding.init_weights(generator)
         normal_init(self.position_embedding.weight, std, generator)
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Return tokens [B, T, D], the class token first."""
+    def forward(self, images_BCHW: Tensor, kept_BK: Tensor | None = None) -> Tensor:
+        """Return tokens [B, T, D], the class token first; with `kept_BK` only these patches of each image."""
         patches_BND = self.patch_embedding(images_BCHW)
         class_B1D = self.class_embedding.to(patches_BND.dtype).expand(patches_BND.shape[0], 1, -1)
-        return self.position_embedding(torch.cat([class_B1D, patches_BND], dim=1))
+        tokens_BTD = self.position_embedding(torch.cat([class_B1D, patches_BND], dim=1))
+        if kept_BK is None:
+            return tokens_BTD
+        kept_BKD = tokens_BTD[:, 1:].gather(1, kept_BK[:, :, None].expand(-1, -1, tokens_BTD.shape[2]))
+        return torch.cat([tokens_BTD[:, :1], kept_BKD], dim=1)
 
 
 class Attention(nn.Module):
@@ -174,10 +178,16 @@ class Block(nn.Module):
         self.layer_norm2.reset_parameters()
         self.mlp.init_weights(depth, generator)
 
-    def forward(self, tokens_BTD: Tensor) -> Tensor:
-        """Return the tokens after the block, [B, T, D]."""
-        tokens_BTD = tokens_BTD + self.self_attn(self.layer_norm1(tokens_BTD))
-        return tokens_BTD + self.mlp(self.layer_norm2(tokens_BTD))
+    def forward(self, tokens_BTD: Tensor, scales_B2: Tensor | None = None) -> Tensor:
+        """Return the tokens after the block, [B, T, D]. `scales_B2`: an image's factors on the two branches."""
+        attended_BTD = self.self_attn(self.layer_norm1(tokens_BTD))
+        if scales_B2 is not None:
+            attended_BTD = attended_BTD * scales_B2[:, 0, None, None].to(attended_BTD.dtype)
+        tokens_BTD = tokens_BTD + attended_BTD
+        transformed_BTD = self.mlp(self.layer_norm2(tokens_BTD))
+        if scales_B2 is not None:
+            transformed_BTD = transformed_BTD * scales_B2[:, 1, None, None].to(transformed_BTD.dtype)
+        return tokens_BTD + transformed_BTD
 
 
 class Encoder(nn.Module):
@@ -194,8 +204,8 @@ class Encoder(nn.Module):
         for block in self.layers:
             block.init_weights(len(self.layers), generator)
 
-    def forward(self, tokens_BTD: Tensor) -> Tensor:
-        """Return the tokens after the last block, [B, T, D]."""
-        for block in self.layers:
-            tokens_BTD = block(tokens_BTD)
+    def forward(self, tokens_BTD: Tensor, scales_BL2: Tensor | None = None) -> Tensor:
+        """Return the tokens after the last block, [B, T, D]. `scales_BL2`: see `TrainingNoise.branch_scales`."""
+        for number, block in enumerate(self.layers):
+            tokens_BTD = block(tokens_BTD, None if scales_BL2 is None else scales_BL2[:, number])
         return tokens_BTD

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from mlcd_ds.models.layers import Activation, Embeddings, Encoder, Linear, fill_nan
+from mlcd_ds.models.noise import TrainingNoise
 
 
 class ViTConfig(BaseModel):
@@ -87,23 +88,26 @@ class ViT(nn.Module):
         forgotten = nan_parameters(self)
         assert not forgotten, f"init_weights did not set {forgotten}"
 
-    def forward_tokens(self, images_BCHW: Tensor) -> Tensor:
+    def forward_tokens(self, images_BCHW: Tensor, noise: TrainingNoise | None = None) -> Tensor:
         """Return the tokens after the last block, before `post_layernorm`: [B, T, D], the class token first.
 
+        With `noise`, whatever the module's mode, branches and patches are dropped as it says; T is then smaller.
         Raises ValueError where the images are not [B, 3, image_size, image_size].
         """
         size = self.config.image_size
         if images_BCHW.shape[1:] != (3, size, size):
             raise ValueError(f"images of shape {tuple(images_BCHW.shape)}; the model takes [B, 3, {size}, {size}]")
-        return self.encoder(self.pre_layrnorm(self.embeddings(images_BCHW)))
+        kept_BK = noise.kept_patches(self.config.num_patches) if noise else None
+        scales_BL2 = noise.branch_scales(self.config.depth) if noise else None
+        return self.encoder(self.pre_layrnorm(self.embeddings(images_BCHW, kept_BK)), scales_BL2)
 
-    def forward_features(self, images_BCHW: Tensor) -> Tensor:
+    def forward_features(self, images_BCHW: Tensor, noise: TrainingNoise | None = None) -> Tensor:
         """Return the features for transfer, [B, D]: `post_layernorm` of the class token, before the projection."""
-        return self.post_layernorm(self.forward_tokens(images_BCHW)[:, 0])
+        return self.post_layernorm(self.forward_tokens(images_BCHW, noise)[:, 0])
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
+    def forward(self, images_BCHW: Tensor, noise: TrainingNoise | None = None) -> Tensor:
         """Return the embeddings for the loss, [B, E]: projected, not normalised."""
-        return self.projection(self.forward_features(images_BCHW))
+        return self.projection(self.forward_features(images_BCHW, noise))
 
 
 def nan_parameters(model: nn.Module) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 from shard_maker import DEMO_SHARDS, encode, picture
 
 from mlcd_ds.data import reference
+from mlcd_ds.data.colors import random_colors
 from mlcd_ds.data.crops import center_boxes, random_boxes
 from mlcd_ds.data.dali import EncodedBatch, ImageDecoder, PixelFormat, clip_pixels, decoded_sizes
 from mlcd_ds.errors import UserError
@@ -137,6 +139,31 @@ def test_normalisation(drawings: list[bytes]) -> None:
     batch, pixels = augmented(drawings[:4]), clip_pixels(64)
     off = (by_dali(batch, pixels) - reference.load(batch, pixels)).abs()
     assert off.max() <= MAX_DIFFERENCE / min(pixels.std) + 1e-5
+
+
+def by_colours(images: list[bytes], jitter: float, hue: float, size: int) -> tuple[torch.Tensor, EncodedBatch]:
+    """DALI's images with changed colours, and the batch that names the changes."""
+    batch = augmented(images)
+    batch = replace(batch, colors_B4=random_colors(np.arange(len(images)), 0, 5, jitter, hue))
+    decoder = ImageDecoder(len(images), grey_levels(size), torch.device("cpu"), 1, changes_colors=True)
+    decoder.push(batch)
+    return decoder.pop(), batch
+
+
+def test_colours(drawings: list[bytes]) -> None:
+    """A grey level of the resize grows by the factors of contrast, brightness and saturation, and rounds once more."""
+    got, batch = by_colours(drawings, 0.4, 36.0, 48)
+    off = (got - reference.load(batch, grey_levels(48))).abs()
+    assert off.max() <= 6 and off.mean() < 0.1, (off.max(), off.mean())  # measured 3 and 0.02
+    unchanged = by_colours(drawings, 0.0, 0.0, 48)[0]
+    assert (unchanged - reference.load(augmented(drawings), grey_levels(48))).abs().max() <= 1
+    for number in range(4):  # each of the four counts
+        other = batch.colors_B4.copy()
+        other[:, number] = 0.0 if number == 3 else 1.0
+        twin = reference.load(replace(batch, colors_B4=other), grey_levels(48))
+        assert (got - twin).abs().max() > 20 and (got - twin).abs().mean() > 1
+    turned_back = batch.colors_B4 * [1, 1, 1, -1]
+    assert (got - reference.load(replace(batch, colors_B4=turned_back), grey_levels(48))).abs().mean() > 1
 
 
 def test_resize_agrees_with_torch_inside(drawings: list[bytes]) -> None:

@@ -19,6 +19,7 @@ from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.loader import AugmentConfig, StreamSlice, TrainLoader
 from mlcd_ds.data.order import SampleOrder
 from mlcd_ds.data.shard_index import ShardIndex
+from mlcd_ds.models.noise import TrainingNoise
 from mlcd_ds.models.vit import ViT, ViTConfig
 
 pytestmark = pytest.mark.pipeline
@@ -81,7 +82,8 @@ def plain_loop(data: TinyData, num_steps: int, lr: float, head_clip_norm: float,
     labels = LabelStore(data.labels, index)
     order = SampleOrder(index.counts, recipe["data"]["num_streams"], recipe["data"]["shuffle_window"], seed)
     part = StreamSlice(tuple(range(6)), 4, 1)
-    loader = TrainLoader(index, labels, order, part, clip_pixels(32), AugmentConfig(), torch.device("cpu"), 1)
+    augment = AugmentConfig(**recipe["data"]["augment"])
+    loader = TrainLoader(index, labels, order, part, clip_pixels(32), augment, torch.device("cpu"), 1)
     backbone = ViT(ViTConfig(**recipe["model"]))
     backbone.init_weights(torch.Generator().manual_seed(seed))
     backbone.to(dtype)
@@ -95,9 +97,9 @@ def plain_loop(data: TinyData, num_steps: int, lr: float, head_clip_norm: float,
     batches = loader.batches(0)
     for step in range(num_steps):
         batch = next(batches)
-        negative, positive = dense_terms(
-            F.normalize(backbone(batch.images_B3SS.to(dtype))), centers_CE, batch.labels_BP
-        )
+        noise = TrainingNoise(batch.keys_B, recipe["train"]["drop_path"], recipe["train"]["token_drop"])
+        emb_BE = F.normalize(backbone(batch.images_B3SS.to(dtype), noise))
+        negative, positive = dense_terms(emb_BE, centers_CE, batch.labels_BP)
         (negative + positive).backward()
         norm = torch.nn.utils.clip_grad_norm_(backbone.parameters(), settings["clip_norm"])
         head_norm = torch.nn.utils.clip_grad_norm_([centers_CE], head_clip_norm)

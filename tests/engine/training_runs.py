@@ -27,15 +27,17 @@ COLUMNS = ("loss/total", "loss/negatives", "loss/positives", "optimizer/grad_nor
 
 
 def tiny_recipe(index: Path, labels: Path) -> dict[str, Any]:
-    """Eight steps of a tiny ViT; both clip norms act, and every class is a negative."""
+    """Eight steps of a tiny ViT; both clip norms act, and every class is a negative. All noise is switched on."""
     return {
         "description": "eight steps of a tiny ViT",
         "model": dict(image_size=32, patch_size=16, width=32, depth=2, heads=2, mlp_width=64, embed_dim=16),
-        "data": {"index": str(index), "labels": str(labels), "num_streams": 6, "shuffle_window": 32, "num_threads": 1},
+        "data": {"index": str(index), "labels": str(labels), "num_streams": 6, "shuffle_window": 32, "num_threads": 1}
+        | {"augment": {"color_jitter": 0.4, "hue_jitter": 30.0}},
         "objective": {"scale": 16.0, "margin": 0.3},
         "head": {"sample_rate": 1.0, "init_std": 0.1},
         "optimizer": {"lr": 1e-3, "weight_decay": 0.2, "warmup_steps": 2, "clip_norm": 1.0, "head_clip_norm": 0.1},
         "train": {"steps": 8, "global_batch": 24, "precision": "fp32", "seed": 1, "log_every": 1}
+        | {"drop_path": 0.2, "token_drop": 0.25}
         | {"checkpoint_every": 8, "keep_checkpoints": 3},
     }
 
