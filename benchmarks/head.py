@@ -10,6 +10,7 @@ its own above what it holds before its first step: centres, gradient, moments, i
   rates      memory at r = .1, .5, 1
   million    C = 1,000,000, D = 768, r = .1, B = 4,096
   one_of_80  the shapes of one of 80 ranks: B = 32,768, 12,500 classes of a million, 1,250 sampled
+  by_gpus    memory on 1, 8, 80 and 1,024 GPUs by formula, beside one copy of the logits that are not stored
   errors     loss and gradients in fp32 and bf16 against float64
 """
 
@@ -37,6 +38,7 @@ from torch import Tensor
 
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.heads.groups import make_head_groups
+from mlcd_ds.heads.memory import head_memory, stored_logits
 from mlcd_ds.heads.partial_fc import HeadConfig, PartialFCHead
 from mlcd_ds.heads.row_optimizer import AdamWRule, RowOptimizer
 from mlcd_ds.manifest import library_versions
@@ -304,11 +306,22 @@ def rates() -> dict[str, float]:
     return {**peaks, "memory_growth_over_rates": max(peaks.values()) / min(peaks.values())}
 
 
+def by_gpus() -> dict[str, dict[str, float]]:
+    """MiB by the formulas of mlcd_ds/heads/memory.py, for the paper's job on several numbers of GPUs."""
+    table = {}
+    for num_ranks in (1, 8, 80, 1024):
+        parts = head_memory(num_ranks, 1_000_000, 768, 32_768, NUM_LABELS)
+        logits = stored_logits(num_ranks, 1_000_000, 0.1, 32_768)
+        table[str(num_ranks)] = {name: round(value / MIB, 1) for name, value in {**parts, "logits": logits}.items()}
+    return table
+
+
 PARTS: dict[str, Callable[[], dict]] = {
     "compare": compare,
     "rates": rates,
     "million": lambda: launch(measure_memory, "ours_fp32", MILLION),
     "one_of_80": lambda: {p: launch(measure_one_of_80, p, num_ranks=1, is_fake=True) for p in ("fp32", "bf16")},
+    "by_gpus": by_gpus,
     "errors": lambda: launch(measure_errors, num_ranks=1),
 }
 

@@ -84,6 +84,11 @@ class Trainer:
     ) -> None:
         self.recipe, self.index, self.labels, self.group, self.device = recipe, index, labels, group, device
         self.plan = plan_batches(recipe, group)
+        if (wanted := recipe.objective.num_labels or 1) > labels.num_labels:
+            raise UserError(
+                f"objective.num_labels is {wanted}, but {labels.folder} holds {labels.num_labels} labels an image: "
+                "lower it, or run `mlcd assign --num-labels` again."
+            )
         seed = recipe.train.seed
         backbone = ViT(recipe.model)
         backbone.init_weights(torch.Generator().manual_seed(seed))

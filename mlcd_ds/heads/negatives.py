@@ -28,7 +28,7 @@ class BlockShape:
     classes: int
 
 
-BLOCKS = {"cpu": BlockShape(2048, 512), "cuda": BlockShape(32768, 2048)}
+BLOCKS = {"cpu": BlockShape(2048, 512), "cuda": BlockShape(16384, 2048)}
 
 
 class ExpBlock(Protocol):

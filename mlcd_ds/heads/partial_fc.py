@@ -96,6 +96,7 @@ class PartialFCHead(nn.Module):
         super().__init__()
         self.config, self.objective, self.groups, self.seed = config, objective, groups, seed
         self.classes = class_range(num_classes, groups.classes.size, groups.classes.rank)
+        self.host_may_wait = torch.device(device).type == "cpu"
         self.matmul = Matmul(config.precision == "bf16", torch.device(device).type)
         self.exp_block = choose_exp_block(config.kernel, self.matmul)
         shape = len(self.classes), dim
@@ -143,7 +144,7 @@ class PartialFCHead(nn.Module):
             emb_GF = self.groups.data.all_gather(self.matmul.cast(emb_BF))
             labels_GP = without_repeats(self.groups.data.all_gather(labels_BP))
             centers = Centers(self.weight_LE.detach(), self.grad_LE, self._features_F)
-            positives = Positives.find(labels_GP, self.classes)
+            positives = Positives.find(labels_GP, self.classes, is_compact=self.host_may_wait)
             negatives = self._negatives(centers, positives, len(emb_GF))
             sums_G, slopes_GF = negatives.sums(emb_GF)
             shared = torch.cat([sums_G[None], positives.cosines(emb_GF, centers).T])

@@ -21,8 +21,8 @@ BLOCK_PAIRS = {"cpu": 2048, "cuda": 8192}
 class Positives:
     """Pairs (image, label) whose label lives here, as places in [G, P] and as rows of the head.
 
-    On a CPU K is their number. On a GPU counting them would make the host wait, so K is G * P there, and pairs that
-    live elsewhere point to row 0 with `is_here_K` false.
+    Compact: K is their number, which on a GPU the host would have to wait for. Else K is G * P, and pairs that live
+    elsewhere point to row 0 with `is_here_K` false.
     """
 
     places_K: Tensor
@@ -31,14 +31,14 @@ class Positives:
     num_labels: int
 
     @staticmethod
-    def find(labels_GP: Tensor, classes: ClassRange) -> Positives:
+    def find(labels_GP: Tensor, classes: ClassRange, *, is_compact: bool) -> Positives:
         """`labels_GP` int64 classes of all ranks, -1 for none."""
         labels_N = labels_GP.flatten()
         is_here_N = (labels_N >= classes.begin) & (labels_N < classes.end)
-        if labels_GP.is_cuda:
-            places_K = torch.arange(len(labels_N), device=labels_GP.device)
-        else:
+        if is_compact:
             places_K = is_here_N.nonzero().flatten()
+        else:
+            places_K = torch.arange(len(labels_N), device=labels_GP.device)
         is_here_K = is_here_N[places_K]
         rows_K = (labels_N[places_K] - classes.begin).where(is_here_K, 0)
         return Positives(places_K, rows_K, is_here_K, labels_GP.shape[1])

@@ -115,10 +115,9 @@ class RowOptimizer:
         grad_LE[rows] = 0.0
 
     def _blocks(self, touched_L: Tensor) -> Iterator[Tensor | slice]:
-        """The touched rows. On a GPU all rows, of which those not touched are left as they are: to list the touched
-        ones the host would have to wait."""
+        """The touched rows. On a GPU all rows: to list the touched ones the host would have to wait."""
         size = BLOCK_ROWS[touched_L.device.type]
-        if self.is_lazy and not touched_L.is_cuda:
+        if self.is_lazy and self.head.host_may_wait:
             yield from touched_L.nonzero().flatten().split(size)
         else:
             yield from (slice(first, first + size) for first in range(0, len(touched_L), size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ RUNS = {
     "two ranks": (("deepspeed", 2), ()),
     "three ranks": (("torchrun", 3), ()),
     "micro-batches": (("python", 1), ("train.micro_batch_per_rank=6",)),
+    "two copies of the head": (("torchrun", 2), ("head.parallel_size=1",)),
 }
 # Measured over the three comparisons, relative to the largest entry: curves 3.2e-7, weights 3.5e-6 (a moment's rounding
 # over its root).
@@ -63,6 +65,27 @@ def test_ranks_and_micro_batches_do_not_change_the_training(finished: Callable[[
     for key, expected_weight in expected_weights.items():
         if expected_weight.any() and not key.endswith(WITHOUT_GRADIENT):
             assert_close(key, weights[key], expected_weight, WEIGHT_TOLERANCE)
+
+
+def test_the_other_loss_optimizer_and_sample_train(tiny_data: TinyData, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_data.index, tiny_data.labels)
+    overrides = ("objective.name=unicom", "objective.feature_rate=0.5", "head.optimizer=sgd", "head.update=dense")
+    overrides = (*overrides, "head.sampling=partial_fc", "head.sample_rate=0.5", "train.steps=40", "optimizer.lr=4e-3", "optimizer.head_clip_norm=9")
+    quiet = ("train.drop_path=0", "train.token_drop=0", "data.augment.color_jitter=0", "objective.feature_rate=0.75")
+    training = start(recipe, tmp_path / "run", *overrides, *quiet, run=("torchrun", 2), env=quiet_environment())
+    assert training.wait() == 0, training.text
+    entries = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [entry["loss/joint"] for entry in entries]
+    assert len(losses) == 40 and losses == [entry["loss/total"] for entry in entries]
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+
+
+def test_more_labels_than_there_are_is_refused(tiny_data: TinyData, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_data.index, tiny_data.labels)
+    training = start(recipe, tmp_path / "run", "objective.num_labels=5", env=quiet_environment())
+    assert training.wait() != 0
+    assert "objective.num_labels is 5" in training.text and "holds 4 labels" in training.text
+    assert "Traceback" not in training.text
 
 
 def test_a_run_learns_and_tells_what_it_did(finished: Callable[[str], Path]) -> None:

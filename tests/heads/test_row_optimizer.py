@@ -28,16 +28,17 @@ def make_gradients() -> tuple[Tensor, Tensor]:
     return grads * touched[:, :, None], touched
 
 
-def move_rows(group: Group, max_norm: float) -> dict[tuple[str, bool], dict[str, Tensor]]:
-    """Weights and state after all steps, by rule and laziness."""
+def move_rows(group: Group, max_norm: float) -> dict[tuple[str, bool, bool], dict[str, Tensor]]:
+    """Weights and state after all steps, by rule, laziness, and whether the host may wait for the device."""
     grads, touched = make_gradients()
     results = {}
     for name, rule in RULES.items():
-        for is_lazy in (True, False):
+        for is_lazy, may_wait in ((True, True), (False, True), (True, False)):
             loss = ClassLoss(ObjectiveConfig(scale=16.0))
             head = PartialFCHead(NUM_CLASSES, DIM, HeadConfig(init_std=1.0), loss, make_head_groups(group), 3)
             head.init_weights()
             initial = head.weight_LE.detach().clone()
+            head.host_may_wait = may_wait
             optimizer = RowOptimizer(head, rule, max_norm, is_lazy=is_lazy)
             mine, norms = slice(head.classes.begin, head.classes.end), []
             for grad_CE, touched_C in zip(grads, touched, strict=True):
@@ -45,8 +46,8 @@ def move_rows(group: Group, max_norm: float) -> dict[tuple[str, bool], dict[str,
                 head.touched_L.copy_(touched_C[mine])
                 norms.append(optimizer.step(LR))
             assert not head.grad_LE.any() and not head.touched_L.any()
-            results[name, is_lazy] = {"initial": initial, "weight": head.weight_LE.detach(), **optimizer.state}
-            results[name, is_lazy]["norms"] = torch.stack(norms)
+            state = {"initial": initial, "weight": head.weight_LE.detach(), **optimizer.state}
+            results[name, is_lazy, may_wait] = {**state, "norms": torch.stack(norms)}
     return results
 
 
@@ -79,12 +80,14 @@ def test_rows_move_as_torch_moves_them(num_ranks: int, max_norm: float) -> None:
     ranks = run_ranks(move_rows, num_ranks, max_norm)
     touched = make_gradients()[1]
     for name in RULES:
-        lazy, dense = (
-            {key: torch.cat([rank[name, is_lazy][key] for rank in ranks]) for key in ("initial", "weight", "step")}
-            for is_lazy in (True, False)
+        lazy, dense, static = (
+            {key: torch.cat([rank[(name, *form)][key] for rank in ranks]) for key in ("initial", "weight", "step")}
+            for form in ((True, True), (False, True), (True, False))
         )
         expected = by_torch(name, lazy["initial"], True, max_norm)
         assert_close(f"lazy {name}", lazy["weight"], expected["weight"], TOLERANCE)
+        assert_close(f"lazy {name}, all rows read", static["weight"], expected["weight"], TOLERANCE)
+        assert torch.equal(static["weight"][7], lazy["weight"][7]) and torch.equal(static["step"], lazy["step"])
         assert torch.equal(lazy["weight"][7], lazy["initial"][7]), "a row that was never touched"
         assert lazy["step"].tolist() == touched.sum(dim=0).tolist()
 
@@ -92,7 +95,7 @@ def test_rows_move_as_torch_moves_them(num_ranks: int, max_norm: float) -> None:
         assert_close(f"dense {name}", dense["weight"], expected_dense["weight"], TOLERANCE)
         assert dense["step"].unique().tolist() == [NUM_STEPS]
         for rank in ranks:
-            assert_close("norms", rank[name, True]["norms"], expected["norms"], TOLERANCE)
+            assert_close("norms", rank[name, True, True]["norms"], expected["norms"], TOLERANCE)
 
         assert_differs("lazy and dense", lazy["weight"], expected_dense["weight"], TOLERANCE)
         unclipped = by_torch(name, lazy["initial"], True, 0.6 if max_norm == 0.5 else 0.5)

@@ -132,9 +132,13 @@ def run_cases(group: Group, cases: dict[str, Case]) -> dict[str, dict[str, Tenso
             "loss": output.loss,
             **output.parts,
             "emb_grad_BE": output.emb_grad_BE,
-            "weight_grad_LE": head.grad_LE,
-            "touched_L": head.touched_L,
+            "weight_grad_LE": head.grad_LE.clone(),
+            "touched_L": head.touched_L.clone(),
         }
+        head.grad_LE.zero_(), head.touched_L.zero_()
+        head.host_may_wait = False  # the form of a GPU: static shapes
+        output = head(emb_GE[mine], labels_GP[mine])
+        results[name]["static"] = (output.loss, output.emb_grad_BE, head.grad_LE, head.touched_L)
     return results
 
 
@@ -230,6 +234,17 @@ def test_loss_and_gradients_equal_the_dense_oracle(name: str, num_ranks: int) ->
     labels = ranks[0]["labels_GP"][:, : objective_of(CASES[name]).num_labels]
     assert touched.nonzero().flatten().tolist() == sorted(sampled | set(labels[labels >= 0].tolist()))
     assert not got["weight_grad"][~touched].any(), "a centre that the loss does not see has a gradient"
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_static_shapes_give_the_same(name: str, num_ranks: int) -> None:
+    for rank in of_case(num_ranks, name):
+        loss, emb_grad, weight_grad, touched = rank["static"]
+        assert_close("loss", loss, rank["loss"], LOSS_TOLERANCE)
+        assert_close("gradient of the embeddings", emb_grad, rank["emb_grad_BE"], GRAD_TOLERANCE)
+        assert_close("gradient of the centres", weight_grad, rank["weight_grad_LE"], GRAD_TOLERANCE)
+        assert torch.equal(touched, rank["touched_L"]) and touched.any()
 
 
 def test_the_cases_hold_what_they_promise() -> None:

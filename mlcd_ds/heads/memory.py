@@ -1,0 +1,33 @@
+"""How much memory the head takes on a rank, from its shapes alone."""
+
+from __future__ import annotations
+
+from mlcd_ds.heads.negatives import BLOCKS
+
+FP32, BF16, INT64 = 4, 2, 8
+
+
+def head_memory(
+    num_ranks: int, num_classes: int, dim: int, global_batch: int, num_labels: int, *, num_moments: int = 2
+) -> dict[str, int]:
+    """Bytes on one of `num_ranks` GPUs that share the classes, with bf16 products.
+
+    `state` stays for the whole run: centres, their gradient, moments, and a row's step, mark and slot. `embeddings`,
+    `embedding gradient`, `labels` and `block` are there during a step; none of them depends on the sample rate.
+    """
+    rows = -(-num_classes // num_ranks)
+    images, classes = min(BLOCKS["cuda"].images, global_batch), min(BLOCKS["cuda"].classes, rows)
+    return {
+        "state": rows * (dim * FP32 * (2 + num_moments) + 4 + 1 + INT64),
+        "embeddings": global_batch * dim * BF16,
+        "embedding gradient": global_batch * dim * FP32,
+        # Labels, their slots and places, cosines and slopes.
+        "labels": global_batch * num_labels * (3 * INT64 + 3 * FP32),
+        # The logits' exponentials, and the block's centres with their gradient.
+        "block": images * classes * (FP32 + BF16) + classes * dim * 4 * FP32,
+    }
+
+
+def stored_logits(num_ranks: int, num_classes: int, rate: float, global_batch: int) -> int:
+    """Bytes of one fp32 copy of the logits [G, S], which a head that keeps them holds several times."""
+    return round(rate * num_classes / num_ranks) * global_batch * FP32
