@@ -69,9 +69,10 @@ def test_ranks_and_micro_batches_do_not_change_the_training(finished: Callable[[
 
 def test_the_other_loss_optimizer_and_sample_train(tiny_data: TinyData, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "tiny.yaml", tiny_data.index, tiny_data.labels)
-    overrides = ("objective.name=unicom", "objective.feature_rate=0.5", "head.optimizer=sgd", "head.update=dense")
-    overrides = (*overrides, "head.sampling=partial_fc", "head.sample_rate=0.5", "train.steps=40", "optimizer.lr=4e-3", "optimizer.head_clip_norm=9")
-    quiet = ("train.drop_path=0", "train.token_drop=0", "data.augment.color_jitter=0", "objective.feature_rate=0.75")
+    overrides = ("objective.name=unicom", "head.optimizer=sgd", "head.update=dense")
+    overrides = (*overrides, "head.sampling=partial_fc", "head.sample_rate=0.5", "optimizer.head_clip_norm=9")
+    overrides = (*overrides, "objective.feature_rate=0.75", "optimizer.lr=4e-3", "train.steps=40")
+    quiet = ("train.drop_path=0", "train.token_drop=0", "data.augment.color_jitter=0")
     training = start(recipe, tmp_path / "run", *overrides, *quiet, run=("torchrun", 2), env=quiet_environment())
     assert training.wait() == 0, training.text
     entries = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
