@@ -22,7 +22,7 @@ from mlcd_ds import stage
 from mlcd_ds.data.dali import CLIP_MEAN, CLIP_STD
 from mlcd_ds.engine.weights import BACKBONE_NAME, load_backbone, newest_checkpoint, read_checkpoint
 from mlcd_ds.manifest import Manifest, library_versions, sha256_of, write_atomic, write_json, write_manifest
-from mlcd_ds.models.convert import clip_vision_config, to_clip_vision
+from mlcd_ds.models.convert import to_vision_model, vision_config
 
 BICUBIC = 3  # Pillow's number, which preprocessor configs use
 
@@ -76,7 +76,7 @@ def run(options: Options, context: stage.Context) -> None:
     if options.dry_run or not context.group.is_main:
         return
     state = model.state_dict()
-    weights = save({name: value.contiguous() for name, value in to_clip_vision(state).items()}, {"format": "pt"})
+    weights = save({name: value.contiguous() for name, value in to_vision_model(state).items()}, {"format": "pt"})
     projection = save({"projection.weight": state["projection.weight"].contiguous()}, {"format": "pt"})
     files = {
         "model.safetensors": write_atomic(options.out / "model.safetensors", lambda file: file.write(weights)),
@@ -86,7 +86,7 @@ def run(options: Options, context: stage.Context) -> None:
         "preprocessor_config.json": write_json(
             options.out / "preprocessor_config.json", preprocessor_config(model.config.image_size)
         ),
-        "config.json": write_json(options.out / "config.json", clip_vision_config(model.config)),
+        "config.json": write_json(options.out / "config.json", vision_config(model.config)),
     }
     write_manifest(options.out, wanted.model_copy(update={"files": files}))
 

@@ -1,4 +1,5 @@
-"""Conversion between `ViT` and Hugging Face's `CLIPVisionModel`: keys and config only, no files, no transformers.
+"""Conversion between `ViT` and Hugging Face's `CLIPVisionModel` and `MLCDVisionModel`: keys and config only, no files,
+no transformers.
 
 `ViT` uses Hugging Face's parameter names, so that a conversion is a prefix, a check and a projection left out.
 """
@@ -9,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlcd_ds.models.rope import THETA
 from mlcd_ds.models.vit import ViT, ViTConfig
 
 PREFIX = "vision_model."
 PROJECTION = "projection."
+ROTARY, CLASS_ANGLES = "rotary.", "class_pos_emb"  # ours is a part of the rotary module
 
 # transformers leaves fields at their default out of some config.json files
 _CLIP_VISION_DEFAULTS: dict[str, Any] = {
@@ -27,14 +30,31 @@ _CLIP_VISION_DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
     "num_channels": 3,
 }
+_MLCD_VISION_DEFAULTS: dict[str, Any] = _CLIP_VISION_DEFAULTS | {
+    "image_size": 336,
+    "patch_size": 14,
+    "hidden_size": 1664,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "intermediate_size": 8192,
+    "hidden_act": "gelu",
+    "num_key_value_groups": 1,
+}
+MLCD_TYPES = ("mlcd", "mlcd_vision_model")
 _IGNORED_KEYS = frozenset({"logit_scale", "text_projection.weight", "visual_projection.weight"})
 
 
-def clip_vision_config(config: ViTConfig) -> dict[str, Any]:
-    """Return the contents of a `config.json` with which `CLIPVisionModel.from_pretrained` builds this model."""
+def vision_config(config: ViTConfig) -> dict[str, Any]:
+    """Return the contents of a `config.json` with which transformers builds this model: `CLIPVisionModel` where
+    positions are learned, `MLCDVisionModel` where they are rotary (transformers 4.52 and later)."""
+    if config.positions == "rope2d":
+        # "mlcd" and not "mlcd_vision_model": AutoModel of transformers 4 and 5 knows the former.
+        kind = {"architectures": ["MLCDVisionModel"], "model_type": "mlcd", "num_key_value_groups": 1}
+        kind["rope_parameters"] = {"rope_type": "axial", "rope_theta": THETA}
+    else:
+        kind = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"}
     return {
-        "architectures": ["CLIPVisionModel"],
-        "model_type": "clip_vision_model",
+        **kind,
         "image_size": config.image_size,
         "patch_size": config.patch_size,
         "num_channels": 3,
@@ -49,22 +69,23 @@ def clip_vision_config(config: ViTConfig) -> dict[str, Any]:
     }
 
 
-def to_clip_vision(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a `ViT`'s state under `CLIPVisionModel`'s keys, contiguous, the loss's projection left out.
+def to_vision_model(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a `ViT`'s state under Hugging Face's keys, contiguous, the loss's projection left out.
 
     Every key has the `vision_model.` prefix: transformers 4 loads a file without it with random weights and a warning.
     """
     return {
-        PREFIX + name: tensor.detach().contiguous()
+        PREFIX + name.removeprefix(ROTARY): tensor.detach().contiguous()
         for name, tensor in state_dict.items()
         if not name.startswith(PROJECTION)
     }
 
 
-def from_clip_vision(
+def from_vision_model(
     state_dict: Mapping[str, Tensor], hf_config: Mapping[str, Any]
 ) -> tuple[ViTConfig, dict[str, Tensor]]:
-    """Return the config and the state of the `ViT` that equals a `CLIPVisionModel` or a `CLIPModel`'s vision half.
+    """Return the config and the state of the `ViT` that equals a `CLIPVisionModel`, a `CLIPModel`'s vision half or an
+    `MLCDVisionModel`.
 
     Keys may have the `vision_model.` prefix or not. Left out: `embeddings.position_ids` (a buffer that older versions
     saved), `text_model.*`, `text_projection.weight`, `visual_projection.weight` and `logit_scale`. The state has no
@@ -81,6 +102,8 @@ def from_clip_vision(
             continue
         if name in state:
             raise ValueError(f"key {name!r} is there twice, with the prefix {PREFIX!r} and without")
+        if name == CLASS_ANGLES:
+            name = ROTARY + name
         state[name] = tensor
     _check_against_model(state, config)
     return config, state
@@ -89,14 +112,18 @@ def from_clip_vision(
 def _vit_config(hf_config: Mapping[str, Any]) -> ViTConfig:
     """Read a `CLIPVisionConfig`, or the `vision_config` inside a `CLIPConfig`."""
     model_type = hf_config.get("model_type")
-    if model_type not in ("clip", "clip_vision_model"):
+    if model_type not in ("clip", "clip_vision_model", *MLCD_TYPES):
         raise ValueError(
-            f"model_type {model_type!r} in the config; only 'clip' and 'clip_vision_model' can be converted"
+            f"model_type {model_type!r} in the config; 'clip', 'clip_vision_model', 'mlcd' and 'mlcd_vision_model' can "
+            "be converted"
         )
-    values = dict(_CLIP_VISION_DEFAULTS)
+    is_rotary = model_type in MLCD_TYPES
+    values = dict(_MLCD_VISION_DEFAULTS if is_rotary else _CLIP_VISION_DEFAULTS)
     values.update(hf_config.get("vision_config") or {} if model_type == "clip" else hf_config)
     if values["num_channels"] != 3:
         raise ValueError(f"num_channels {values['num_channels']} in the config; ViT takes 3")
+    if is_rotary and (values["num_key_value_groups"] != 1 or _theta(values) != THETA):
+        raise ValueError(f"num_key_value_groups and rope_theta in the config must be 1 and {THETA:.0f}")
     return ViTConfig(
         image_size=values["image_size"],
         patch_size=values["patch_size"],
@@ -106,8 +133,13 @@ def _vit_config(hf_config: Mapping[str, Any]) -> ViTConfig:
         mlp_width=values["intermediate_size"],
         embed_dim=hf_config.get("projection_dim", values["projection_dim"]),
         activation=values["hidden_act"],
+        positions="rope2d" if is_rotary else "learned",
         norm_eps=values["layer_norm_eps"],
     )
+
+
+def _theta(values: Mapping[str, Any]) -> float:
+    return (values.get("rope_parameters") or {}).get("rope_theta", values.get("rope_theta", THETA))
 
 
 def _check_against_model(state: Mapping[str, Tensor], config: ViTConfig) -> None:
@@ -118,7 +150,7 @@ def _check_against_model(state: Mapping[str, Tensor], config: ViTConfig) -> None
         }
     unexpected, missing = sorted(state.keys() - expected.keys()), sorted(expected.keys() - state.keys())
     if unexpected or missing:
-        raise ValueError(f"not the keys of this CLIP vision model: unexpected {unexpected}, missing {missing}")
+        raise ValueError(f"not the keys of this vision model: unexpected {unexpected}, missing {missing}")
     for name, shape in expected.items():
         if state[name].shape != shape:
             raise ValueError(f"{name} has shape {tuple(state[name].shape)}; the config makes it {tuple(shape)}")

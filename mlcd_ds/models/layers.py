@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlcd_ds.models.rope import Rotation
+
 Activation = Literal["quick_gelu", "gelu"]
 
 
@@ -87,26 +89,29 @@ class PositionEmbedding(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Images to tokens: patches, a class token in front, learned positions."""
+    """Images to tokens: patches, a class token in front, learned positions (none with rotary ones)."""
 
-    def __init__(self, patch_size: int, num_patches: int, width: int) -> None:
+    def __init__(self, patch_size: int, num_patches: int, width: int, *, has_positions: bool = True) -> None:
         super().__init__()
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.patch_embedding = PatchEmbedding(patch_size, width)
-        self.position_embedding = PositionEmbedding(num_patches + 1, width)
+        self.position_embedding = PositionEmbedding(num_patches + 1, width) if has_positions else None
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Class token and positions from N(0, 1 / width)."""
         std = self.class_embedding.numel() ** -0.5
         normal_init(self.class_embedding, std, generator)
         self.patch_embedding.init_weights(generator)
-        normal_init(self.position_embedding.weight, std, generator)
+        if self.position_embedding is not None:
+            normal_init(self.position_embedding.weight, std, generator)
 
     def forward(self, images_BCHW: Tensor, kept_BK: Tensor | None = None) -> Tensor:
         """Return tokens [B, T, D], the class token first; with `kept_BK` only these patches of each image."""
         patches_BND = self.patch_embedding(images_BCHW)
         class_B1D = self.class_embedding.to(patches_BND.dtype).expand(patches_BND.shape[0], 1, -1)
-        tokens_BTD = self.position_embedding(torch.cat([class_B1D, patches_BND], dim=1))
+        tokens_BTD = torch.cat([class_B1D, patches_BND], dim=1)
+        if self.position_embedding is not None:
+            tokens_BTD = self.position_embedding(tokens_BTD)
         if kept_BK is None:
             return tokens_BTD
         kept_BKD = tokens_BTD[:, 1:].gather(1, kept_BK[:, :, None].expand(-1, -1, tokens_BTD.shape[2]))
@@ -118,7 +123,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_dim = width // heads  # and not the number of heads: tensor parallelism leaves a part of them here
         self.q_proj = Linear(width, width)
         self.k_proj = Linear(width, width)
         self.v_proj = Linear(width, width)
@@ -131,12 +136,14 @@ class Attention(nn.Module):
             projection.init_weights(width**-0.5, generator)
         self.out_proj.init_weights((2 * depth * width) ** -0.5, generator)
 
-    def forward(self, tokens_BTD: Tensor) -> Tensor:
-        """Return the attended tokens [B, T, D]; softmax(q k^T / sqrt(K)) v in each head."""
+    def forward(self, tokens_BTD: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """Return the attended tokens [B, T, D]; softmax(q k^T / sqrt(K)) v in each head, q and k perhaps turned."""
         q_BHTK, k_BHTK, v_BHTK = (
-            projection(tokens_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            projection(tokens_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if rotation is not None:
+            q_BHTK, k_BHTK = rotation.apply(q_BHTK), rotation.apply(k_BHTK)
         mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK)
         return self.out_proj(mixed_BHTK.transpose(1, 2).flatten(2))
 
@@ -178,9 +185,9 @@ class Block(nn.Module):
         self.layer_norm2.reset_parameters()
         self.mlp.init_weights(depth, generator)
 
-    def forward(self, tokens_BTD: Tensor, scales_B2: Tensor | None = None) -> Tensor:
+    def forward(self, tokens_BTD: Tensor, scales_B2: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
         """Return the tokens after the block, [B, T, D]. `scales_B2`: an image's factors on the two branches."""
-        attended_BTD = self.self_attn(self.layer_norm1(tokens_BTD))
+        attended_BTD = self.self_attn(self.layer_norm1(tokens_BTD), rotation)
         if scales_B2 is not None:
             attended_BTD = attended_BTD * scales_B2[:, 0, None, None].to(attended_BTD.dtype)
         tokens_BTD = tokens_BTD + attended_BTD
@@ -204,8 +211,8 @@ class Encoder(nn.Module):
         for block in self.layers:
             block.init_weights(len(self.layers), generator)
 
-    def forward(self, tokens_BTD: Tensor, scales_BL2: Tensor | None = None) -> Tensor:
+    def forward(self, tokens_BTD: Tensor, scales_BL2: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
         """Return the tokens after the last block, [B, T, D]. `scales_BL2`: see `TrainingNoise.branch_scales`."""
         for number, block in enumerate(self.layers):
-            tokens_BTD = block(tokens_BTD, None if scales_BL2 is None else scales_BL2[:, number])
+            tokens_BTD = block(tokens_BTD, None if scales_BL2 is None else scales_BL2[:, number], rotation)
         return tokens_BTD

@@ -1,14 +1,18 @@
-"""CLIP's vision transformer, parameter for parameter Hugging Face's `CLIPVisionModel`, and the loss's projection.
+"""CLIP's and MLCD's vision transformer, parameter for parameter Hugging Face's `CLIPVisionModel` (learned positions)
+and `MLCDVisionModel` (rotary positions), and the loss's projection.
 
 Shapes: B images, C colour channels (3), N patches, T = N + 1 tokens, D width, E embedding.
 """
+
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from mlcd_ds.models.layers import Activation, Embeddings, Encoder, Linear, fill_nan
+from mlcd_ds.models.layers import Activation, Embeddings, Encoder, Linear, fill_nan, normal_init
 from mlcd_ds.models.noise import TrainingNoise
+from mlcd_ds.models.rope import AxialRotary
 
 
 class ViTConfig(BaseModel):
@@ -25,6 +29,9 @@ class ViTConfig(BaseModel):
     mlp_width: int = Field(ge=1, le=65536, description="hidden channels of a block's MLP")
     embed_dim: int = Field(ge=1, le=16384, description="channels of the projected embedding that the loss sees")
     activation: Activation = Field("quick_gelu", description="the MLP's activation; OpenAI's CLIP has quick_gelu")
+    positions: Literal["learned", "rope2d"] = Field(
+        "learned", description="learned: added to the tokens (CLIP, MLCD up to L); rope2d: rotary (MLCD bigG)"
+    )
     norm_eps: float = Field(1e-5, gt=0.0, le=1e-2, description="epsilon of every layer norm")
 
     @model_validator(mode="after")
@@ -39,6 +46,11 @@ class ViTConfig(BaseModel):
             raise ValueError(
                 f"width {self.width} is not a multiple of heads {self.heads}: "
                 f"set heads to a divisor of {self.width}, or width to {(self.width // self.heads + 1) * self.heads}"
+            )
+        if self.positions == "rope2d" and self.head_dim % 4:
+            raise ValueError(
+                f"positions rope2d needs heads of a multiple of 4 channels; width {self.width} over {self.heads} heads "
+                f"is {self.head_dim}: change heads"
             )
         return self
 
@@ -63,7 +75,9 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
-        self.embeddings = Embeddings(config.patch_size, config.num_patches, config.width)
+        is_rotary = config.positions == "rope2d"
+        self.embeddings = Embeddings(config.patch_size, config.num_patches, config.width, has_positions=not is_rotary)
+        self.rotary = AxialRotary(config.image_size // config.patch_size, config.head_dim) if is_rotary else None
         self.pre_layrnorm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.encoder = Encoder(
             config.depth, config.width, config.heads, config.mlp_width, config.activation, config.norm_eps
@@ -81,6 +95,8 @@ class ViT(nn.Module):
             raise ValueError("init_weights on meta tensors: call model.to_empty(device=...) first")
         fill_nan(self)  # again, as to_empty leaves whatever the memory held
         self.embeddings.init_weights(generator)
+        if self.rotary is not None:
+            normal_init(self.rotary.class_pos_emb, 1.0, generator)  # as in MLCD: not published otherwise
         self.pre_layrnorm.reset_parameters()
         self.encoder.init_weights(generator)
         self.post_layernorm.reset_parameters()
@@ -99,7 +115,8 @@ class ViT(nn.Module):
             raise ValueError(f"images of shape {tuple(images_BCHW.shape)}; the model takes [B, 3, {size}, {size}]")
         kept_BK = noise.kept_patches(self.config.num_patches) if noise else None
         scales_BL2 = noise.branch_scales(self.config.depth) if noise else None
-        return self.encoder(self.pre_layrnorm(self.embeddings(images_BCHW, kept_BK)), scales_BL2)
+        rotation = None if self.rotary is None else self.rotary(kept_BK)
+        return self.encoder(self.pre_layrnorm(self.embeddings(images_BCHW, kept_BK)), scales_BL2, rotation)
 
     def forward_features(self, images_BCHW: Tensor, noise: TrainingNoise | None = None) -> Tensor:
         """Return the features for transfer, [B, D]: `post_layernorm` of the class token, before the projection."""
