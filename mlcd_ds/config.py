@@ -58,6 +58,10 @@ class TrainConfig(Frozen):
     micro_batch_per_rank: int | None = Field(None, ge=1, description="images a forward pass; null: all of a rank")
     drop_path: float = Field(0.0, ge=0, lt=1, description="chance that an image skips a branch of the last block")
     token_drop: float = Field(0.0, ge=0, lt=1, description="part of an image's patches left out, drawn each time")
+    recompute: Literal["none", "mlp", "block"] = Field(
+        "none", description="activation checkpointing: of each block's MLP branch, or of each whole block"
+    )
+    compile: bool = Field(False, description="torch.compile each block (needs a C++ compiler; slow at the first steps)")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="of the backbone")
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, order, crops and sampled classes")
     checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints")

@@ -57,6 +57,8 @@ FREE_KEYS = (
     "train.keep_checkpoints",
     "train.log_every",
     "train.micro_batch_per_rank",
+    "train.recompute",
+    "train.compile",
 )
 
 

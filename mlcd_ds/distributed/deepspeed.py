@@ -116,6 +116,19 @@ def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config
     return engine
 
 
+def step_engine(engine: Any) -> float | torch.Tensor | None:
+    """`engine.step()`, which acts at the last micro-batch; returns the gradient's norm before clipping then.
+
+    Without ZeRO and without loss scaling the engine clips but does not tell the norm: it is taken before.
+    """
+    norm = None
+    if engine.is_gradient_accumulation_boundary() and engine.zero_optimization_stage() == 0:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    told = engine.get_global_grad_norm()
+    return norm if told is None else told
+
+
 def save_engine(engine: Any, folder: Path) -> None:
     """Every rank writes its part of the engine's state below `folder`. Collective."""
     engine.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)

@@ -25,7 +25,7 @@ from mlcd_ds.data.loader import LabelledBatch, StreamSlice, TrainLoader
 from mlcd_ds.data.order import SampleOrder
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.distributed.deepspeed import initialize_engine
+from mlcd_ds.distributed.deepspeed import initialize_engine, step_engine
 from mlcd_ds.engine.checkpoint import Checkpointer
 from mlcd_ds.engine.metrics import RunLog, log_data_pages, peak_memory_mb
 from mlcd_ds.engine.optimizer import backbone_optimizer, head_optimizer, set_learning_rate
@@ -66,6 +66,7 @@ class StepResult:
 
     loss: Tensor
     loss_parts: dict[str, Tensor]
+    backbone_grad_norm: Tensor | float | None
     head_grad_norm: Tensor
     lr: float
 
@@ -92,6 +93,10 @@ class Trainer:
         seed = recipe.train.seed
         backbone = ViT(recipe.model)
         backbone.init_weights(torch.Generator().manual_seed(seed))
+        backbone.set_recompute(recipe.train.recompute)
+        if recipe.train.compile:
+            for block in backbone.encoder.layers:
+                block.compile()
         self.engine = initialize_engine(backbone.to(device), backbone_optimizer(backbone, recipe.optimizer), ds_config)
         self.dtype = next(self.engine.module.parameters()).dtype
         self.head = PartialFCHead(
@@ -153,12 +158,12 @@ class Trainer:
             emb_BE = F.normalize(self.engine(batch.images_B3SS.to(self.dtype), noise).float(), dim=1)
             output = self.head(emb_BE, batch.labels_BP, weight=1 / num_micro_batches)
             self.engine.backward(attach_gradient(emb_BE, output, self.group.size))
-            self.engine.step()  # acts at the last micro-batch
+            backbone_norm = step_engine(self.engine)
             outputs.append(output)
         head_norm = self.head_optimizer.step(lr * config.head_lr_scale)
         parts = {name: torch.stack([output.parts[name] for output in outputs]).mean() for name in outputs[0].parts}
         loss = torch.stack([output.loss for output in outputs]).mean()
-        return StepResult(loss, parts, head_norm, lr)
+        return StepResult(loss, parts, backbone_norm, head_norm, lr)
 
     def fit(self, stop: StopRequest) -> bool:
         """Train from the newest checkpoint to the last step. Returns False when asked to stop, after saving."""
@@ -213,7 +218,7 @@ class Trainer:
                 "loss/total": loss,
                 **{f"loss/{name}": float(value) for name, value in result.loss_parts.items()},
                 "optimizer/lr": result.lr,
-                "optimizer/grad_norm_backbone": float(self.engine.get_global_grad_norm() or 0.0),
+                "optimizer/grad_norm_backbone": float(result.backbone_grad_norm or 0.0),
                 "optimizer/grad_norm_head": float(result.head_grad_norm),
                 "speed/images_per_s": num_steps * self.recipe.train.global_batch / seconds,
                 "speed/data_wait_share": waited / seconds,

@@ -6,15 +6,18 @@ Shapes: B images, C colour channels (3), N patches, T = N + 1 tokens, D width, H
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mlcd_ds.models.rope import Rotation
 
 Activation = Literal["quick_gelu", "gelu"]
+Recompute = Literal["none", "mlp", "block"]
 
 
 def fill_nan(module: nn.Module) -> None:
@@ -169,7 +172,13 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    `recompute` trades time for memory in training: "mlp" keeps nothing of the MLP branch (half of what a block holds)
+    and computes it again in the backward pass, "block" does so with the whole block.
+    """
+
+    recompute: Recompute = "none"
 
     def __init__(self, width: int, heads: int, mlp_width: int, activation: Activation, norm_eps: float) -> None:
         super().__init__()
@@ -187,14 +196,32 @@ class Block(nn.Module):
 
     def forward(self, tokens_BTD: Tensor, scales_B2: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
         """Return the tokens after the block, [B, T, D]. `scales_B2`: an image's factors on the two branches."""
+        if self.recompute == "block":
+            return _recomputed(self._whole, tokens_BTD, scales_B2, rotation)
+        return self._whole(tokens_BTD, scales_B2, rotation)
+
+    def _whole(self, tokens_BTD: Tensor, scales_B2: Tensor | None, rotation: Rotation | None) -> Tensor:
         attended_BTD = self.self_attn(self.layer_norm1(tokens_BTD), rotation)
         if scales_B2 is not None:
             attended_BTD = attended_BTD * scales_B2[:, 0, None, None].to(attended_BTD.dtype)
         tokens_BTD = tokens_BTD + attended_BTD
-        transformed_BTD = self.mlp(self.layer_norm2(tokens_BTD))
+        if self.recompute == "mlp":
+            transformed_BTD = _recomputed(self._transformed, tokens_BTD)
+        else:
+            transformed_BTD = self._transformed(tokens_BTD)
         if scales_B2 is not None:
             transformed_BTD = transformed_BTD * scales_B2[:, 1, None, None].to(transformed_BTD.dtype)
         return tokens_BTD + transformed_BTD
+
+    def _transformed(self, tokens_BTD: Tensor) -> Tensor:
+        return self.mlp(self.layer_norm2(tokens_BTD))
+
+
+def _recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
+    """The function's value; its backward pass calls it again. Our layers draw no random numbers, so none are saved."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Encoder(nn.Module):

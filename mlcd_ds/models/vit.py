@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from mlcd_ds.models.layers import Activation, Embeddings, Encoder, Linear, fill_nan, normal_init
+from mlcd_ds.models.layers import Activation, Embeddings, Encoder, Linear, Recompute, fill_nan, normal_init
 from mlcd_ds.models.noise import TrainingNoise
 from mlcd_ds.models.rope import AxialRotary
 
@@ -103,6 +103,11 @@ class ViT(nn.Module):
         self.projection.init_weights(self.config.width**-0.5, generator)
         forgotten = nan_parameters(self)
         assert not forgotten, f"init_weights did not set {forgotten}"
+
+    def set_recompute(self, recompute: Recompute) -> None:
+        """Choose what the blocks compute again in the backward pass; values and gradients stay as they are."""
+        for block in self.encoder.layers:
+            block.recompute = recompute
 
     def forward_tokens(self, images_BCHW: Tensor, noise: TrainingNoise | None = None) -> Tensor:
         """Return the tokens after the last block, before `post_layernorm`: [B, T, D], the class token first.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from distributed_harness import TinyData, assert_close, assert_differs, quiet_environment
 from torch import Tensor
-from training_runs import checkpoints, curves, final_weights, start, tiny_recipe, write_recipe
+from training_runs import DS_CONFIG, checkpoints, curves, final_weights, start, tiny_recipe, write_recipe
 
 from mlcd_ds.data.dali import clip_pixels
 from mlcd_ds.data.label_store import LabelStore
@@ -24,12 +24,18 @@ from mlcd_ds.models.noise import TrainingNoise
 from mlcd_ds.models.vit import ViT, ViTConfig
 
 pytestmark = pytest.mark.pipeline
+# Launcher and ranks, ZeRO stage, overrides.
 RUNS = {
-    "one rank": (("python", 1), ()),
-    "two ranks": (("deepspeed", 2), ()),
-    "three ranks": (("torchrun", 3), ()),
-    "micro-batches": (("python", 1), ("train.micro_batch_per_rank=6",)),
-    "two copies of the head": (("torchrun", 2), ("head.parallel_size=1",)),
+    "one rank": (("python", 1), 1, ()),
+    "two ranks": (("deepspeed", 2), 1, ()),
+    "three ranks": (("torchrun", 3), 1, ()),
+    "micro-batches": (("python", 1), 1, ("train.micro_batch_per_rank=6",)),
+    "two copies of the head": (("torchrun", 2), 1, ("head.parallel_size=1",)),
+    "zero 0, two ranks": (("torchrun", 2), 0, ()),
+    "zero 2, two ranks, micro-batches": (("torchrun", 2), 2, ("train.micro_batch_per_rank=4",)),
+    "zero 3, two ranks, micro-batches": (("torchrun", 2), 3, ("train.micro_batch_per_rank=4",)),
+    "zero 3, recomputed blocks": (("torchrun", 2), 3, ("train.recompute=block",)),
+    "recomputed branches": (("python", 1), 1, ("train.recompute=mlp",)),
 }
 # Measured over the three comparisons, relative to the largest entry: curves 3.2e-7, weights 3.5e-6 (a moment's rounding
 # over its root).
@@ -46,8 +52,11 @@ def finished(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> C
 
     @functools.cache
     def run(name: str) -> Path:
-        launcher, overrides = RUNS[name]
-        training = start(recipe, folder / name.replace(" ", "-"), *overrides, run=launcher, env=quiet_environment())
+        launcher, stage, overrides = RUNS[name]
+        ds_config = folder / f"zero{stage}.json"
+        ds_config.write_text(json.dumps(json.loads(DS_CONFIG.read_text()) | {"zero_optimization": {"stage": stage}}))
+        out = folder / name.replace(" ", "-").replace(",", "")
+        training = start(recipe, out, *overrides, run=launcher, env=quiet_environment(), ds_config=ds_config)
         assert training.wait() == 0, training.text
         return training.out
 

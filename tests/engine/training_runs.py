@@ -129,11 +129,16 @@ def descendants(pid: int) -> list[int]:
 
 
 def start(
-    recipe: Path, out: Path, *overrides: str, run: tuple[str, int] = ("python", 1), env: dict[str, str]
+    recipe: Path,
+    out: Path,
+    *overrides: str,
+    run: tuple[str, int] = ("python", 1),
+    env: dict[str, str],
+    ds_config: Path = DS_CONFIG,
 ) -> Training:
     """Start a training into `out`; `run` is launcher and number of ranks."""
     output = out.with_name(f"{out.name}.{time.monotonic_ns()}.txt")
-    arguments = ["--recipe", str(recipe), "--deepspeed_config", str(DS_CONFIG), f"train.out={out}", *overrides]
+    arguments = ["--recipe", str(recipe), "--deepspeed_config", str(ds_config), f"train.out={out}", *overrides]
     with open(output, "wb") as file:
         process = subprocess.Popen(
             [*launcher(*run), *arguments], stdout=file, stderr=subprocess.STDOUT, env=env, cwd=out.parent
