@@ -53,6 +53,9 @@ class TrainConfig(Frozen):
     """Length, batch, precision and book-keeping of a run."""
 
     out: Path = Field(Path("runs/train"), description="folder of the run")
+    init_from: Path | None = Field(
+        None, description="Hugging Face folder whose backbone the run starts from (CLIP, MLCD, or `mlcd export`'s)"
+    )
     steps: int = Field(ge=1, description="optimizer steps")
     global_batch: int = Field(ge=1, description="images a step, over all ranks")
     micro_batch_per_rank: int | None = Field(None, ge=1, description="images a forward pass; null: all of a rank")

@@ -78,6 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--recipe", default="demo", help=f"name or YAML file (default: demo; there are {', '.join(recipe_names())})"
     )
     parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed JSON (ours: ds_configs/)")
+    parser.add_argument(
+        "--init-from",
+        metavar="FOLDER",
+        help="start from this Hugging Face backbone (the same as train.init_from=FOLDER)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="build everything without memory, print it, exit")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment rules
     return parser
@@ -157,7 +162,8 @@ def claim_folder(recipe: Recipe, context: stage.Context) -> None:
 
 def run(args: argparse.Namespace, context: stage.Context) -> int:
     """Check everything, then train. Returns the exit status."""
-    recipe = load_recipe(args.recipe, tuple(args.overrides))
+    given = [f"train.init_from={args.init_from}"] if args.init_from else []
+    recipe = load_recipe(args.recipe, (*args.overrides, *given))
     plan = plan_batches(recipe, context.group)
     ds_config = resolve_ds_config(args.deepspeed_config, recipe, plan)
     if args.dry_run:

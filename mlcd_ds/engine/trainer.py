@@ -5,6 +5,7 @@ B images of a micro-batch on this rank, P labels an image, E embedding.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -31,12 +32,15 @@ from mlcd_ds.engine.metrics import RunLog, log_data_pages, peak_memory_mb
 from mlcd_ds.engine.optimizer import backbone_optimizer, head_optimizer, set_learning_rate
 from mlcd_ds.engine.schedule import warmup_cosine
 from mlcd_ds.engine.stopping import StopRequest
+from mlcd_ds.engine.weights import checkpoint_folders, load_released
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.groups import make_head_groups
 from mlcd_ds.heads.partial_fc import PartialFCHead, attach_gradient
 from mlcd_ds.models.noise import TrainingNoise
 from mlcd_ds.models.vit import ViT
 from mlcd_ds.objectives.class_losses import ClassLoss
+
+logger = logging.getLogger("mlcd_ds")  # rank 0's alone speaks (stage.py)
 
 
 def plan_batches(recipe: Recipe, group: Group) -> StreamSlice:
@@ -93,6 +97,9 @@ class Trainer:
         seed = recipe.train.seed
         backbone = ViT(recipe.model)
         backbone.init_weights(torch.Generator().manual_seed(seed))
+        if recipe.train.init_from and not checkpoint_folders(recipe.train.out):
+            notes = load_released(recipe.train.init_from, backbone)
+            logger.info("; ".join([f"train: the backbone starts from {recipe.train.init_from}", *notes]))
         backbone.set_recompute(recipe.train.recompute)
         if recipe.train.compile:
             for block in backbone.encoder.layers:

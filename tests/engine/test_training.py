@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +90,21 @@ def test_the_other_loss_optimizer_and_sample_train(tiny_data: TinyData, tmp_path
     losses = [entry["loss/joint"] for entry in entries]
     assert len(losses) == 40 and losses == [entry["loss/total"] for entry in entries]
     assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+
+
+def test_a_run_starts_from_an_export(tiny_data: TinyData, finished: Callable[[str], Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mlcd_ds.export", "--run", str(finished("one rank")), "--out", "export"]
+    subprocess.run(command, cwd=tmp_path, env=quiet_environment(), check=True)
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_data.index, tiny_data.labels)
+    overrides = ("--init-from", str(tmp_path / "export"), "train.steps=3", "optimizer.lr=1e-9")
+    training = start(recipe, tmp_path / "again", *overrides, env=quiet_environment())
+    assert training.wait() == 0, training.text
+    before, after = final_weights(finished("one rank")), final_weights(tmp_path / "again")
+    assert not torch.equal(after.pop("head.weight"), before.pop("head.weight")), "the head starts anew"
+    assert len(before) > 20
+    for name, weight in before.items():
+        assert torch.allclose(after[name], weight, atol=1e-6), name
+    assert "the backbone starts from" in training.text
 
 
 def test_more_labels_than_there_are_is_refused(tiny_data: TinyData, tmp_path: Path) -> None:
