@@ -184,7 +184,7 @@ def test_dump_and_load_round_trip(tmp_path: Path) -> None:
         ({"head": {"sample_rates": 1}}, "Did you mean sample_rate"),
         ({"data": {"augment": {"flp": True}}}, "Did you mean flip"),
         ({"model": {"dept": 1}}, "Did you mean depth"),
-        ({"train": {"zzz": 1}}, "Known keys: out, steps"),
+        ({"train": {"zzz": 1}}, "Known keys: out, init_from, steps"),
         ({"head": {"sample_rate": 0.0}}, "head.sample_rate.*greater than 0"),
         ({"head": {"sample_rate": 1.5}}, "head.sample_rate.*1.5"),
         ({"train": {"precision": "int8"}}, "train.precision.*int8"),
