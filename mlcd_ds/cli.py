@@ -13,6 +13,7 @@ STAGES = {
     "train": "train a backbone on the labels (with the deepspeed launcher for many ranks)",
     "evaluate": "kNN and linear probe of a backbone",
     "export": "write the backbone as a Hugging Face folder",
+    "plan": "what a run needs: memory a GPU, time, what fits",
 }
 
 

@@ -1,0 +1,76 @@
+"""How much memory a backbone takes in training, from its shapes: parameters, what ZeRO shards, and activations."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from mlcd_ds.models.layers import Recompute
+from mlcd_ds.models.noise import TrainingNoise
+from mlcd_ds.models.vit import ViT, ViTConfig, num_parameters
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the backbone is spread: ranks, ranks of a tensor-parallel group, ZeRO stage."""
+
+    num_ranks: int
+    tensor_parallel: int
+    zero_stage: int
+
+    @property
+    def data_parallel(self) -> int:
+        return self.num_ranks // self.tensor_parallel
+
+
+def state_bytes(config: ViTConfig, precision: str, layout: Layout) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer states on a rank, as DeepSpeed's ZeRO keeps them.
+
+    AdamW: two fp32 moments; in 16 bits also an fp32 copy of the weights. Stage 1 shards the states over the
+    data-parallel ranks, 2 the gradients too, 3 the weights too (arXiv 1910.02054, figure 1).
+    """
+    with torch.device("meta"):
+        count = num_parameters(ViT(config)) // layout.tensor_parallel
+    width = 4 if precision == "fp32" else 2
+    parts = {
+        "weights": (count * width, 3),
+        "gradients": (count * width, 2),
+        "optimizer states": (count * (8 if precision == "fp32" else 12), 1),
+    }
+    ranks = layout.data_parallel
+    return {name: size // (ranks if layout.zero_stage >= stage else 1) for name, (size, stage) in parts.items()}
+
+
+def activation_bytes(config: ViTConfig, precision: str, recompute: Recompute, token_drop: float) -> int:
+    """Bytes that the forward pass of one image keeps for the backward pass.
+
+    Counted on models of one block and of two, for real: with flash attention, which keeps no [T, T] matrix.
+    """
+    one, two = (
+        _kept_bytes(config.model_copy(update={"depth": depth}), precision, recompute, token_drop) for depth in (1, 2)
+    )
+    return one + (config.depth - 1) * (two - one)
+
+
+@functools.cache
+def _kept_bytes(config: ViTConfig, precision: str, recompute: Recompute, token_drop: float) -> int:
+    model = ViT(config).to(DTYPES[precision])
+    model.set_recompute(recompute)
+    images = torch.zeros(1, 3, config.image_size, config.image_size, dtype=DTYPES[precision])
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that its place is not used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        embeddings = model(images, TrainingNoise(torch.zeros(1, dtype=torch.int64), token_drop=token_drop))
+    del embeddings
+    return sum(size for size, _ in kept.values())

@@ -1,0 +1,174 @@
+"""What a run needs, before it is started: memory a GPU, time, images/s, and what fits. Needs no GPU and no data.
+
+  mlcd plan --recipe vit_l_14 --gpus 80 --gpu a100-80gb
+  mlcd plan --recipe vit_b_16 --gpus 8 --gpu h100 --zero 2 train.recompute=mlp
+
+Memory follows from shapes: weights, gradients and states under ZeRO, activations counted on two real blocks, the head
+by the formulas of docs/head.md. Time follows from the operations of forward and backward and an *assumed* share of the
+GPU's peak (--mfu): measure yours, and give it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:  # run by path: this folder's names must not shadow top-level packages
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from mlcd_ds import stage
+from mlcd_ds.config import Recipe, load_recipe, recipe_names
+from mlcd_ds.engine.memory import Layout, activation_bytes, state_bytes
+from mlcd_ds.errors import UserError
+from mlcd_ds.heads.class_shards import class_range
+from mlcd_ds.heads.memory import head_memory
+from mlcd_ds.heads.sampling import num_sampled
+from mlcd_ds.models.layers import Recompute
+from mlcd_ds.models.vit import flops_per_image
+
+GIB = 2**30
+RUNTIME_GIB = 2.0  # CUDA's and NCCL's own, and what the allocator cannot use: assumed
+RECOMPUTES: tuple[Recompute, ...] = ("none", "mlp", "block")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Memory in GiB, dense bf16 peak in TFLOP/s (vendor's sheets), and the share of it that a good run reaches."""
+
+    memory_gib: float
+    peak_tflops: float
+    usual_mfu: float
+
+
+GPUS = {
+    "a100-40gb": Gpu(40, 312, 0.45),
+    "a100-80gb": Gpu(80, 312, 0.45),
+    "h100": Gpu(80, 989, 0.40),
+    "h200": Gpu(141, 989, 0.40),
+}
+
+
+def training_flops(recipe: Recipe, recompute: Recompute) -> float:
+    """Operations of one image's forward, backward (twice the forward) and recomputation."""
+    config = recipe.model
+    kept = (1 + round(config.num_patches * (1 - recipe.train.token_drop))) / (1 + config.num_patches)
+    tokens = config.num_patches + 1
+    mlp = 4 * tokens * config.width * config.mlp_width * config.depth * kept
+    forward = flops_per_image(config) * kept
+    return 3 * forward + {"none": 0.0, "mlp": mlp, "block": forward}[recompute]
+
+
+def memory_gib(recipe: Recipe, layout: Layout, num_centers: int, micro_batch: int, recompute: Recompute) -> dict:
+    """GiB on one GPU, by what takes it."""
+    train = recipe.train
+    parts = {f"backbone: {k}": v for k, v in state_bytes(recipe.model, train.precision, layout).items()}
+    activations = activation_bytes(recipe.model, train.precision, recompute, train.token_drop)
+    parts["backbone: activations"] = activations * micro_batch // layout.tensor_parallel
+    shards = recipe.head.parallel_size or layout.num_ranks
+    # A micro-batch's images of all ranks that share the classes.
+    images = micro_batch * shards // layout.tensor_parallel
+    head = head_memory(shards, num_centers, recipe.model.embed_dim, images, recipe.objective.num_labels or 8)
+    parts["head: state"] = head.pop("state")
+    parts["head: during a step"] = sum(head.values())
+    return {name: size / GIB for name, size in parts.items()} | {"runtime (assumed)": RUNTIME_GIB}
+
+
+def largest_micro_batch(recipe: Recipe, layout: Layout, num_centers: int, gpu: Gpu, recompute: Recompute) -> int:
+    """The largest micro-batch that fits, of those that divide a rank's part of the batch; 0 when none does."""
+    per_rank = recipe.train.global_batch // layout.data_parallel
+    fitting = [0]
+    for count in (n for n in range(1, per_rank + 1) if per_rank % n == 0):
+        if sum(memory_gib(recipe, layout, num_centers, count, recompute).values()) > gpu.memory_gib:
+            break
+        fitting.append(count)
+    return fitting[-1]
+
+
+def page(recipe: Recipe, layout: Layout, num_centers: int, gpu_name: str, mfu: float | None) -> str:
+    """The whole plan as text."""
+    gpu, train = GPUS[gpu_name], recipe.train
+    if train.global_batch % layout.data_parallel:
+        raise UserError(
+            f"train.global_batch {train.global_batch} is not a multiple of the {layout.data_parallel} data-parallel "
+            "ranks: change --gpus or train.global_batch."
+        )
+    per_rank = train.global_batch // layout.data_parallel
+    micro_batch = train.micro_batch_per_rank or per_rank
+    parts = memory_gib(recipe, layout, num_centers, micro_batch, train.recompute)
+    total = sum(parts.values())
+    flops = training_flops(recipe, train.recompute)
+    share = mfu or gpu.usual_mfu
+    step_s = flops * per_rank / layout.tensor_parallel / (gpu.peak_tflops * 1e12 * share)
+    classes = class_range(num_centers, recipe.head.parallel_size or layout.num_ranks, 0)
+    sampled = num_sampled(classes, recipe.head.sample_rate)
+    head_flops = 8 * train.global_batch * sampled * recipe.model.embed_dim
+    lines = [
+        f"{layout.num_ranks} x {gpu_name}, ZeRO {layout.zero_stage}, tensor parallel {layout.tensor_parallel}, "
+        f"{train.precision}; batch {train.global_batch} = {layout.data_parallel} x {per_rank // micro_batch} x "
+        f"{micro_batch}; recompute {train.recompute}",
+        "",
+        "Memory a GPU, GiB",
+        *(f"  {name:28}{size:8.2f}" for name, size in parts.items()),
+        f"  {'total':28}{total:8.2f} of {gpu.memory_gib:.0f}: {'fits' if total <= gpu.memory_gib else 'DOES NOT FIT'}",
+        "",
+        "Largest micro-batch that fits, images",
+    ]
+    for recompute in RECOMPUTES:
+        count = largest_micro_batch(recipe, layout, num_centers, gpu, recompute)
+        slower = training_flops(recipe, recompute) / training_flops(recipe, "none")
+        lines.append(
+            f"  train.recompute={recompute:6} {count:6}   {slower:.2f} x the operations"
+            + ("" if count else "; fewer states a GPU: a higher ZeRO stage or more GPUs")
+        )
+    images = train.steps * train.global_batch
+    lines += [
+        "",
+        f"Time at {100 * share:.0f} % of {gpu.peak_tflops} TFLOP/s ({'given' if mfu else 'assumed'})",
+        f"  a step {step_s:8.2f} s   {train.global_batch / step_s:10.0f} images/s in all   "
+        f"{train.global_batch / step_s / layout.num_ranks:8.0f} a GPU",
+        f"  {train.steps} steps, {images / 1e9:.2f} G images: {step_s * train.steps / 86400:8.1f} days",
+        f"  the head: {sampled} sampled classes a GPU, {100 * head_flops / (flops * per_rank):.2f} % of the operations",
+    ]
+    if total > gpu.memory_gib:
+        lines += ["", "To make it fit: a micro-batch of the table above (train.micro_batch_per_rank), or recompute."]
+    elif largest_micro_batch(recipe, layout, num_centers, gpu, train.recompute) > micro_batch:
+        lines += ["", "There is room for a larger train.micro_batch_per_rank: fewer, larger products and collectives."]
+    return "\n".join(lines)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `mlcd plan`."""
+    parser = argparse.ArgumentParser(
+        prog="mlcd plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys, such as train.recompute=mlp")
+    parser.add_argument("--recipe", default="vit_l_14", help=f"name or file (there are {', '.join(recipe_names())})")
+    parser.add_argument("--gpus", type=int, default=80, help="how many (default: %(default)s)")
+    parser.add_argument("--gpu", choices=GPUS, default="a100-80gb", help="which (default: %(default)s)")
+    parser.add_argument("--zero", type=int, choices=range(4), default=1, help="ZeRO stage (default: %(default)s)")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks that share a layer (default: 1)")
+    parser.add_argument("--num-centers", type=int, default=1_000_000, help="classes (default: %(default)s)")
+    parser.add_argument("--mfu", type=float, help="share of the peak that your runs reach, such as 0.41")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the page."""
+    if args.gpus < 1 or args.tensor_parallel < 1 or args.gpus % args.tensor_parallel:
+        raise UserError(f"--tensor-parallel {args.tensor_parallel} does not divide --gpus {args.gpus}.")
+    recipe = load_recipe(args.recipe, tuple(args.overrides))
+    layout = Layout(args.gpus, args.tensor_parallel, args.zero)
+    stage.logger.info(page(recipe, layout, args.num_centers, args.gpu, args.mfu))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of `mlcd plan`."""
+    args = build_parser().parse_intermixed_args(argv)
+    return stage.guarded(lambda context: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
