@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import resource
 import socket
@@ -102,7 +103,7 @@ def make(name: str, sizes: Sizes, group: Group) -> OurHead | DenseMLCD | Partial
 
 
 def make_batch(sizes: Sizes, group: Group) -> tuple[Tensor, Tensor]:
-    """This rank's random unit embeddings and distinct labels."""
+    """This rank's random unit embeddings and labels."""
     generator = torch.Generator().manual_seed(group.rank)
     count = sizes.batch // group.size
     emb_BE = F.normalize(torch.randn(count, sizes.dim, generator=generator), dim=1)
@@ -196,6 +197,7 @@ def measure_one_of_80(group: Group, precision: str) -> dict[str, float]:
 
     products()
     rounds = [(seconds(lambda: ours.step(*batch)), seconds(products)) for _ in range(ROUNDS)]
+    result["seconds_per_step"] = statistics.median(step for step, _ in rounds)
     result["time_ratio_vs_bare_products"] = statistics.median(step / bare for step, bare in rounds)
     result["products_tflop"] = 8 * sizes.batch * result["sampled"] * sizes.dim / 1e12
     return result
@@ -216,8 +218,9 @@ def measure_errors(group: Group) -> dict[str, dict[str, float]]:
     near_GE = F.normalize(weight_CE, dim=1)[labels_GP].sum(dim=1) + 2.0 * F.normalize(noise_GE, dim=1)
     emb_GE = F.normalize(near_GE, dim=1).float()
     expected = dense_float64(emb_GE, labels_GP, weight_CE, exact.head.sampled_S)
-    for precision in ("fp32", "bf16"):
-        ours = OurHead(sizes, group, precision)
+    kernels = ("torch", "triton") if DEVICE.type == "cuda" else ("torch",)
+    for precision, kernel in itertools.product(("fp32", "bf16"), kernels):
+        ours = OurHead(sizes, group, precision, kernel)
         with torch.no_grad():
             ours.head.weight_LE.copy_(weight_CE)
         ours.head.resample(0)
@@ -225,7 +228,7 @@ def measure_errors(group: Group) -> dict[str, dict[str, float]]:
         ours.head.finish_gradient()
         got = (output.loss, output.emb_grad_BE, ours.head.grad_LE)
         errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, expected, strict=True)]
-        results[precision] = dict(zip(("loss", "embeddings", "centres"), errors, strict=True))
+        results[f"{precision}, {kernel}"] = dict(zip(("loss", "embeddings", "centres"), errors, strict=True))
     return results
 
 

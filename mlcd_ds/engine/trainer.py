@@ -192,7 +192,10 @@ class Trainer:
                     self._log(log, bar, done, result, seconds, done - logged)
                     logged = done
                 is_stopped = stop.is_asked(self.group) and done < train.steps
-                if is_stopped or done % train.checkpoint_every == 0 or done == train.steps:
+                is_saved = is_stopped or done % train.checkpoint_every == 0 or done == train.steps
+                if is_saved or done % train.log_every == 0:
+                    self._check_loss(done, float(result.loss))
+                if is_saved:
                     self.checkpointer.save(done)
                 if is_stopped:
                     return False
@@ -203,6 +206,15 @@ class Trainer:
             self.loader.close()
             if log:
                 log.close()
+
+    @staticmethod
+    def _check_loss(done: int, loss: float) -> None:
+        """A run that has diverged must end, and must not save: all ranks see the same loss."""
+        if not loss < float("inf"):
+            raise UserError(
+                f"the loss is {loss} at step {done}: lower optimizer.lr; TensorBoard's optimizer page shows the norms. "
+                "Started again, the run goes on from its last checkpoint."
+            )
 
     def _open_log(self, first: int) -> RunLog | None:
         if not self.group.is_main:
@@ -234,7 +246,3 @@ class Trainer:
             },
         )
         bar.set_postfix(loss=f"{loss:.3f}")
-        if not loss < float("inf"):
-            raise UserError(
-                f"the loss is {loss} at step {done}: lower optimizer.lr; TensorBoard's optimizer page shows the norms."
-            )

@@ -32,7 +32,11 @@ class Centers:
         return centers_nF.div_(lengths_n1), lengths_n1
 
     def add_gradient(self, rows_n: Tensor, grad_nF: Tensor, unit_nF: Tensor, lengths_n1: Tensor) -> None:
-        """Add the gradient of rows at unit length to that of the rows: its part along the row falls away."""
+        """Add the gradient of rows at unit length to that of the rows: its part along the row falls away.
+
+        A row of zeros (in the dimensions in use) has no direction, and gets no gradient.
+        """
+        lengths_n1 = lengths_n1.where(lengths_n1 > EPS, torch.inf)
         across_nF = grad_nF.sub((grad_nF * unit_nF).sum(dim=1, keepdim=True) * unit_nF).div_(lengths_n1)
         if self.features_F is not None:
             padded_nE = across_nF.new_zeros(len(rows_n), self.weight_LE.shape[1])
@@ -44,6 +48,6 @@ def sample_features(dim: int, rate: float, seed: int, step: int, device: torch.d
     """UNICOM's random part of the embedding: sorted dimensions int64 [F], the same on every rank; None for all."""
     if rate == 1.0:
         return None
-    generator = torch.Generator().manual_seed(mixed_seed(seed, step, -1))
-    chosen_F = torch.randperm(dim, generator=generator)[: max(1, round(rate * dim))].sort().values
-    return chosen_F.to(device, non_blocking=True)
+    generator = torch.Generator(device).manual_seed(mixed_seed(seed, step, -1))
+    order_E = torch.randperm(dim, generator=generator, device=device)
+    return order_E[: max(1, round(rate * dim))].sort().values

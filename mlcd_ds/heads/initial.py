@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.heads.class_shards import ClassRange
+from mlcd_ds.heads.sampling import mixed_seed
 
 BLOCK = 4096  # classes that share a generator
 
@@ -18,7 +19,7 @@ def normal_centers(classes: ClassRange, dim: int, std: float, seed: int) -> Tens
     """[L, D] from N(0, std), a generator a block of classes."""
     rows_LD = torch.empty(len(classes), dim)
     for first in range(classes.begin // BLOCK * BLOCK, classes.end, BLOCK):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
+        generator = torch.Generator().manual_seed(mixed_seed(seed, -1, first))
         block = torch.randn(BLOCK, dim, generator=generator) * std
         begin, end = max(first, classes.begin), min(first + BLOCK, classes.end)
         rows_LD[begin - classes.begin : end - classes.begin] = block[begin - first : end - first]

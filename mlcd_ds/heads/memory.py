@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from mlcd_ds.heads.negatives import BLOCKS
+from mlcd_ds.heads.positives import BLOCK_PAIRS
+from mlcd_ds.heads.row_optimizer import BLOCK_ROWS
 
 FP32, BF16, INT64 = 4, 2, 8
 
@@ -12,8 +14,8 @@ def head_memory(
 ) -> dict[str, int]:
     """Bytes on one of `num_ranks` GPUs that share the classes, with bf16 products.
 
-    `state` stays for the whole run: centres, their gradient, moments, and a row's step, mark and slot. `embeddings`,
-    `embedding gradient`, `labels` and `block` are there during a step; none of them depends on the sample rate.
+    `state` stays for the whole run: centres, their gradient, moments, and a row's step, mark and slot. The others are
+    there during a step, and none depends on the sample rate; `rows` (the optimizer's block) comes after the rest.
     """
     rows = -(-num_classes // num_ranks)
     images, classes = min(BLOCKS["cuda"].images, global_batch), min(BLOCKS["cuda"].classes, rows)
@@ -23,8 +25,11 @@ def head_memory(
         "embedding gradient": global_batch * dim * FP32,
         # Labels, their slots and places, cosines and slopes.
         "labels": global_batch * num_labels * (3 * INT64 + 3 * FP32),
-        # The logits' exponentials, and the block's centres with their gradient.
-        "block": images * classes * (FP32 + BF16) + classes * dim * 4 * FP32,
+        # The logits' exponentials in fp32 and bf16, their product with the centres, and the centres with a gradient.
+        "block": images * (classes * (FP32 + BF16) + dim * FP32) + classes * dim * 4 * FP32,
+        # Five tensors of a block of labels' centres; six of a block of rows.
+        "pairs": 5 * min(BLOCK_PAIRS["cuda"], global_batch * num_labels) * dim * FP32,
+        "rows": 6 * min(BLOCK_ROWS["cuda"], rows) * dim * FP32,
     }
 
 

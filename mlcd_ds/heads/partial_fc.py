@@ -106,7 +106,7 @@ class PartialFCHead(nn.Module):
         self._step = 0
         self._features_F: Tensor | None = None
         self.sampled_S = torch.empty(0, dtype=torch.int64, device=device)
-        self._side_stream = torch.cuda.Stream() if self.weight_LE.is_cuda else None
+        self._side_stream = torch.cuda.Stream(self.weight_LE.device) if self.weight_LE.is_cuda else None
         self._in_flight: list[Any] = []  # what the side stream still reads
 
     def init_weights(self, centers_LE: Tensor | None = None) -> None:
@@ -162,7 +162,7 @@ class PartialFCHead(nn.Module):
             with self._off_the_critical_path(emb_GF, factors_G, slopes_GP, negatives, positives):
                 negatives.add_row_gradients(emb_GF, factors_G * weight)
                 positives.add_row_gradients(emb_GF, centers, slopes_GP * weight)
-                self.touched_L[self.sampled_S] = 1
+                self.touched_L.index_fill_(0, self.sampled_S, 1)  # setting by index would copy the 1 from the host
                 self.touched_L.scatter_reduce_(0, positives.rows_K, positives.is_here_K.to(torch.uint8), "amax")
         if self.groups.tensor:
             self.groups.tensor.all_reduce_sum(emb_grad_BF)
@@ -175,7 +175,7 @@ class PartialFCHead(nn.Module):
     def finish_gradient(self) -> None:
         """Wait for `grad_LE` and `touched_L`, and sum them over replicas. Collectives: all-reduces of both there."""
         if self._side_stream:
-            torch.cuda.current_stream().wait_stream(self._side_stream)
+            torch.cuda.current_stream(self.weight_LE.device).wait_stream(self._side_stream)
             self._in_flight.clear()
         if self.groups.replicas:
             self.groups.replicas.all_reduce_sum(self.grad_LE)
@@ -212,7 +212,7 @@ class PartialFCHead(nn.Module):
             yield
             return
         self._in_flight.append(inputs)
-        self._side_stream.wait_stream(torch.cuda.current_stream())
+        self._side_stream.wait_stream(torch.cuda.current_stream(self.weight_LE.device))
         with torch.cuda.stream(self._side_stream):
             yield
 

@@ -22,7 +22,7 @@ class Positives:
     """Pairs (image, label) whose label lives here, as places in [G, P] and as rows of the head.
 
     Compact: K is their number, which on a GPU the host would have to wait for. Else K is G * P, and pairs that live
-    elsewhere point to row 0 with `is_here_K` false.
+    elsewhere have some row of ours (spread out: additions to one row would queue) with `is_here_K` false.
     """
 
     places_K: Tensor
@@ -39,9 +39,8 @@ class Positives:
             places_K = is_here_N.nonzero().flatten()
         else:
             places_K = torch.arange(len(labels_N), device=labels_GP.device)
-        is_here_K = is_here_N[places_K]
-        rows_K = (labels_N[places_K] - classes.begin).where(is_here_K, 0)
-        return Positives(places_K, rows_K, is_here_K, labels_GP.shape[1])
+        rows_K = (labels_N[places_K] - classes.begin).remainder(len(classes))
+        return Positives(places_K, rows_K, is_here_N[places_K], labels_GP.shape[1])
 
     def slots(self, rows_S: Tensor, num_rows: int, num_images: int) -> Tensor:
         """[G, P]: where in the sampled rows a label stands, -1 where it does not."""

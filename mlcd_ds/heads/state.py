@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.partial_fc import PartialFCHead
 from mlcd_ds.heads.row_optimizer import RowOptimizer
-from mlcd_ds.manifest import write_atomic
 
 FILE_NAME = re.compile(r"head-(\d+)-(\d+)\.safetensors")
 
@@ -26,24 +25,27 @@ def save_head(folder: Path, head: PartialFCHead, optimizer: RowOptimizer) -> Non
     """Write this rank's classes; of ranks that hold the same classes the first one writes."""
     if head.groups.replicas and not head.groups.replicas.is_main:
         return
-    content = save({name: tensor.cpu().contiguous() for name, tensor in _state(head, optimizer).items()})
     path = folder / f"head-{head.classes.begin:010d}-{head.classes.end:010d}.safetensors"
-    write_atomic(path, lambda file: file.write(content))
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in _state(head, optimizer).items()}
+    try:
+        save_file(tensors, path)  # from the tensors' own memory: there is no room for another copy of the head
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
 
 
 def load_head(folder: Path, head: PartialFCHead, optimizer: RowOptimizer) -> None:
     """Read this rank's classes from whichever files hold them. UserError names a damaged file or the gap."""
     targets, reached = _state(head, optimizer), head.classes.begin
-    for path, begin, end in head_files(folder):
-        first, last = max(begin, reached), min(end, head.classes.end)
-        if begin > reached or first >= last:
-            continue
-        _read_rows(path, begin, end, slice(first, last), targets, head.classes.begin)
-        reached = last
-    if reached != head.classes.end:
-        raise UserError(
-            f"{folder}: no head file holds classes {reached} to {head.classes.end - 1}: a shard is missing."
-        )
+    for path, begin, end in [*head_files(folder), (None, head.classes.num_classes, head.classes.num_classes)]:
+        if reached < min(begin, head.classes.end):
+            raise UserError(
+                f"{folder}: no head file holds classes {reached} to {begin - 1}: "
+                f"head-{reached:010d}-{begin:010d}.safetensors is missing. Remove {folder} to use an older checkpoint."
+            )
+        last = min(end, head.classes.end)
+        if path and reached < last:
+            _read_rows(path, begin, end, slice(reached, last), targets, head.classes.begin)
+            reached = last
 
 
 def _state(head: PartialFCHead, optimizer: RowOptimizer) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ class ObjectiveConfig(Frozen):
     """Scale and margin form are not published for MLCD; the defaults are those that the same group states for RICE."""
 
     name: Literal["mlcd", "mlc", "unicom", "averaged_softmax"] = Field("mlcd", description="the loss")
-    scale: float = Field(64.0, gt=0, le=140, description="s, the factor on cosines")
+    scale: float = Field(64.0, gt=0, le=75, description="s, the factor on cosines; above 75 its range leaves fp32")
     margin: float = Field(0.3, ge=0, lt=1, description="m, taken off the labels' cosines (paper: 0.3)")
     margin_form: MarginForm = Field("cosface", description="cosface: cos - m; arcface: cos(angle + m); none")
     num_labels: int | None = Field(None, ge=1, description="l, the nearest labels used; null: all there are (paper: 8)")
@@ -57,10 +57,10 @@ class ClassLoss:
         """Taken off the negatives' logits before they are exponentiated.
 
         They lie in [-s, s], so a constant can replace the running maximum of a softmax, and ranks need not agree on
-        one. Half the range leaves room on both sides: at s = 140 a million times e^70 still is a number in fp32, and
-        so is e^-32 at the usual s = 64 and a cosine of 0.
+        one. Ten million times e^66, and a gradient that has s as a factor besides, still are numbers in fp32; and up to
+        the largest s that is allowed, so is the smallest summand.
         """
-        return self.config.scale / 2
+        return max(0.0, self.config.scale - 66.0)
 
     @property
     def num_labels(self) -> int | None:

@@ -22,6 +22,7 @@ from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.loader import AugmentConfig, StreamSlice, TrainLoader
 from mlcd_ds.data.order import SampleOrder
 from mlcd_ds.data.shard_index import ShardIndex
+from mlcd_ds.heads.sampling import mixed_seed
 from mlcd_ds.models.noise import TrainingNoise
 from mlcd_ds.models.vit import ViT, ViTConfig
 
@@ -138,7 +139,7 @@ def plain_loop(data: TinyData, num_steps: int, lr: float, head_clip_norm: float,
     backbone = ViT(ViTConfig(**recipe["model"]))
     backbone.init_weights(torch.Generator().manual_seed(seed))
     backbone.to(dtype)
-    rows = torch.randn(4096, 16, generator=torch.Generator().manual_seed(seed * 1_000_003))
+    rows = torch.randn(4096, 16, generator=torch.Generator().manual_seed(mixed_seed(seed, -1, 0)))
     centers_CE = (rows[: labels.num_centers] * 0.1).to(dtype).requires_grad_()
     matrices = [p for n, p in backbone.named_parameters() if p.ndim > 1 and "position" not in n]
     vectors = [p for n, p in backbone.named_parameters() if p.ndim == 1 or "position" in n]

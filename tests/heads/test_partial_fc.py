@@ -234,8 +234,8 @@ def test_missing_and_damaged_files_are_named(saved: Path, by_ranks: dict, tmp_pa
         path = folder / names[1]
         path.write_bytes(path.read_bytes()[:num_bytes])
     missing, last, *broken, none, rows, sgd = run_ranks(load_all_damaged, 1, folders)[0]
-    assert "no head file holds classes 12 to 36" in missing and str(folders[0]) in missing
-    assert "no head file holds classes 24 to 36" in last
+    assert f"{folders[0]}: no head file holds classes 12 to 23" in missing and names[1] in missing
+    assert "no head file holds classes 24 to 36" in last and names[2] in last
     for folder, message in zip(folders[2:5], broken, strict=True):
         assert str(folder / names[1]) in message, message
     assert "no head file holds classes 0 to 36" in none

@@ -110,3 +110,23 @@ def test_one_count_for_all_rows_is_told_apart() -> None:
     moved, _ = RULES["adamw"].update(weight, grad, moments, torch.tensor([1, 9]), LR)
     assert_close("first step", moved[:1], torch.tensor([[-LR]]), 1e-5)
     assert_differs("other count", moved[:1], moved[1:].clone(), 1e-5)
+
+
+def step_with_nan(group: Group) -> tuple[Tensor, Tensor, bool]:
+    loss = ClassLoss(ObjectiveConfig(scale=16.0))
+    head = PartialFCHead(6, 2, HeadConfig(init_std=1.0), loss, make_head_groups(group), 3)
+    head.init_weights()
+    before = head.weight_LE.detach().clone()
+    optimizer = RowOptimizer(head, RULES["adamw"], 1.0, is_lazy=True)
+    head.touched_L.fill_(1)
+    head.grad_LE.fill_(1)
+    if group.rank == 0:
+        head.grad_LE[0, 0] = torch.nan
+    optimizer.step(LR)
+    is_clean = not head.grad_LE.any() and not head.touched_L.any() and not optimizer.state["step"].any()
+    return before, head.weight_LE.detach(), is_clean
+
+
+def test_a_gradient_that_is_not_finite_moves_no_row_on_any_rank() -> None:
+    for before, after, is_clean in run_ranks(step_with_nan, 2):
+        assert torch.equal(before, after) and is_clean
