@@ -38,6 +38,7 @@ from head_references import MARGIN, SCALE, DenseMLCD, PartialFCPerLabel
 from torch import Tensor
 
 from mlcd_ds.distributed.collectives import Group
+from mlcd_ds.engine.checkpoint import git_commit
 from mlcd_ds.heads.groups import make_head_groups
 from mlcd_ds.heads.memory import head_memory, stored_logits
 from mlcd_ds.heads.partial_fc import HeadConfig, PartialFCHead
@@ -329,6 +330,14 @@ PARTS: dict[str, Callable[[], dict]] = {
 }
 
 
+def device_name() -> str:
+    """What the figures were measured on."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -341,7 +350,7 @@ def main() -> None:
         result |= figures if name == "compare" else {name: figures}
         sys.stdout.write(f"{name}: {json.dumps(figures, indent=1)}\n")
         sys.stdout.flush()
-    result |= {"device": DEVICE.type, "ranks": NUM_RANKS, "versions": library_versions()}
+    result |= {"device": device_name(), "ranks": NUM_RANKS, "commit": git_commit(), "versions": library_versions()}
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
