@@ -43,7 +43,12 @@ class OptimizerConfig(Frozen):
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay rates (not published)")
     eps: float = Field(1e-6, gt=0, description="AdamW's epsilon (not published)")
     warmup_steps: int = Field(2000, ge=0, description="linear warm-up (paper: 2,000)")
-    final_lr: float = Field(0.0, ge=0, le=1, description="part of lr at the end of the cosine (not published)")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up (not published)")
+    cooldown_steps: int = Field(0, ge=0, description="of schedule constant: the last steps, in which lr falls linearly")
+    final_lr: float = Field(0.0, ge=0, le=1, description="part of lr at the end (not published)")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="factor on lr from a block to the one before it, for fine-tuning; 1: none"
+    )
     clip_norm: float = Field(5.0, gt=0, description="largest gradient norm of the backbone (team code: 5)")
     head_clip_norm: float = Field(5.0, gt=0, description="largest gradient norm of the head, all shards (team code: 5)")
     head_lr_scale: float = Field(1.0, gt=0, description="factor on lr for the head")
@@ -96,6 +101,13 @@ class Recipe(Frozen):
             raise ValueError(
                 "head.sampling partial_fc draws around the labels of a whole batch, which micro-batches cut: set "
                 "train.micro_batch_per_rank=null or head.sampling=uniform"
+            )
+        if self.optimizer.cooldown_steps and self.optimizer.schedule == "cosine":
+            raise ValueError("optimizer.cooldown_steps is for optimizer.schedule=constant: set that, or leave it out")
+        if self.optimizer.warmup_steps + self.optimizer.cooldown_steps > self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} and cooldown_steps "
+                f"{self.optimizer.cooldown_steps} are more than train.steps {self.train.steps}: lower one of them"
             )
         if self.optimizer.warmup_steps >= self.train.steps:
             raise ValueError(

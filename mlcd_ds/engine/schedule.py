@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 
+from mlcd_ds.config import OptimizerConfig
 
-def warmup_cosine(step: int, *, steps: int, warmup_steps: int, peak: float, final_fraction: float) -> float:
-    """Linear from peak / warmup_steps to `peak`, then half a cosine down to `final_fraction * peak` at the last step.
 
-    `step` counts from 0.
+def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
+    """The rate of step `step`, counted from 0, of a run of `steps`.
+
+    Linear from lr / warmup_steps to lr; then, by `schedule`, half a cosine down to final_lr * lr at the last step, or
+    lr until the last `cooldown_steps`, which fall linearly to the same. The rate of a constant phase does not depend
+    on `steps`: a longer run begins as a shorter one does.
     """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
-    return peak * (final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "cosine":
+        done = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+        part = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    else:
+        part = min(1.0, (steps - 1 - step) / max(1, config.cooldown_steps))
+    return config.lr * (config.final_lr + (1 - config.final_lr) * part)

@@ -30,7 +30,7 @@ from mlcd_ds.distributed.deepspeed import initialize_engine, step_engine
 from mlcd_ds.engine.checkpoint import Checkpointer
 from mlcd_ds.engine.metrics import RunLog, log_data_pages, peak_memory_mb
 from mlcd_ds.engine.optimizer import backbone_optimizer, head_optimizer, set_learning_rate
-from mlcd_ds.engine.schedule import warmup_cosine
+from mlcd_ds.engine.schedule import learning_rate
 from mlcd_ds.engine.stopping import StopRequest
 from mlcd_ds.engine.weights import checkpoint_folders, load_released
 from mlcd_ds.errors import UserError
@@ -148,13 +148,7 @@ class Trainer:
     def step(self, step: int, batches: Iterator[LabelledBatch]) -> StepResult:
         """One optimizer step over the global batch."""
         config = self.recipe.optimizer
-        lr = warmup_cosine(
-            step,
-            steps=self.recipe.train.steps,
-            warmup_steps=config.warmup_steps,
-            peak=config.lr,
-            final_fraction=config.final_lr,
-        )
+        lr = learning_rate(step, self.recipe.train.steps, config)
         set_learning_rate(self.engine.optimizer, lr)
         self.head.resample(step)
         num_micro_batches = self.plan.num_micro_batches

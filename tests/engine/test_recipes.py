@@ -24,7 +24,7 @@ from mlcd_ds.config import (
 )
 from mlcd_ds.distributed.deepspeed import ELSEWHERE, check_zero_section, fill_ds_config, read_ds_config
 from mlcd_ds.engine.optimizer import backbone_optimizer, set_learning_rate
-from mlcd_ds.engine.schedule import warmup_cosine
+from mlcd_ds.engine.schedule import learning_rate
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.vit import ViT, ViTConfig
 
@@ -50,7 +50,8 @@ def content(**sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_schedule_rises_linearly_and_falls_by_half_a_cosine() -> None:
-    rates = [warmup_cosine(s, steps=101, warmup_steps=10, peak=2.0, final_fraction=0.1) for s in range(101)]
+    config = OptimizerConfig(lr=2.0, warmup_steps=10, final_lr=0.1)
+    rates = [learning_rate(step, 101, config) for step in range(101)]
     assert rates[:10] == pytest.approx([0.2 * (s + 1) for s in range(10)])
     assert rates[9] == rates[10] == 2.0 and max(rates) == 2.0
     assert rates[55] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))  # half-way
@@ -60,13 +61,34 @@ def test_schedule_rises_linearly_and_falls_by_half_a_cosine() -> None:
 
 @pytest.mark.parametrize(("steps", "warmup_steps"), [(1, 0), (2, 1), (3, 2), (2, 0)])
 def test_schedule_of_very_short_runs_is_finite_and_positive_before_the_end(steps: int, warmup_steps: int) -> None:
-    rates = [
-        warmup_cosine(s, steps=steps, warmup_steps=warmup_steps, peak=1.0, final_fraction=0.0) for s in range(steps)
-    ]
+    rates = [learning_rate(step, steps, OptimizerConfig(lr=1.0, warmup_steps=warmup_steps)) for step in range(steps)]
     assert all(math.isfinite(rate) and rate >= 0 for rate in rates) and rates[0] > 0
 
 
+def test_constant_schedule_and_cooldown() -> None:
+    config = OptimizerConfig(lr=2.0, warmup_steps=10, schedule="constant", cooldown_steps=20, final_lr=0.1)
+    rates = [learning_rate(step, 101, config) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)]) and set(rates[9:81]) == {2.0}
+    assert rates[90] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5)) and rates[100] == pytest.approx(0.2)
+    longer = [learning_rate(step, 201, config) for step in range(181)]
+    assert longer[:81] == rates[:81] and longer[180] == 2.0, "a longer run begins as the shorter one does"
+
+
 # --- optimizer groups
+
+
+def test_layer_decay() -> None:
+    model = ViT(ViTConfig(**{**MODEL, "positions": "rope2d"}))
+    optimizer = backbone_optimizer(model, OptimizerConfig(lr=1.0, warmup_steps=0, layer_decay=0.5))
+    set_learning_rate(optimizer, 0.8)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert rates.keys() == set(names.values())
+    last = MODEL["depth"] + 1
+    assert rates["projection.weight"] == (0.8, 0.2)
+    assert rates["encoder.layers.0.mlp.fc1.weight"] == pytest.approx((0.8 * 0.5 ** (last - 1), 0.2))
+    assert rates["embeddings.class_embedding"] == pytest.approx((0.8 * 0.5**last, 0.0))
+    assert rates["rotary.class_pos_emb"] == pytest.approx((0.8 * 0.5**last, 0.0))
 
 
 def test_decay_is_on_matrices_only() -> None:
@@ -190,6 +212,8 @@ def test_dump_and_load_round_trip(tmp_path: Path) -> None:
         ({"train": {"precision": "int8"}}, "train.precision.*int8"),
         ({"train": {"global_batch": 20}}, "train.global_batch 20 .*data.num_streams 6"),
         ({"optimizer": {"warmup_steps": 8}}, "optimizer.warmup_steps 8 .*train.steps 8"),
+        ({"optimizer": {"cooldown_steps": 2}}, "optimizer.cooldown_steps is for optimizer.schedule=constant"),
+        ({"optimizer": {"cooldown_steps": 8, "schedule": "constant"}}, "2 and cooldown_steps 8 .*train.steps 8"),
         ({"model": {"patch_size": 15}}, "image_size 32 is not a multiple of patch_size 15"),
         ({"objective": {"scale": 76.0}}, "objective.scale.*75"),
         ({"objective": {"name": "unicom", "num_labels": 8}}, "unicom takes one label"),
