@@ -1,7 +1,8 @@
-"""Export the backbone of a training run as a Hugging Face `CLIPVisionModel` folder.
+"""Export the backbone of a training run as a Hugging Face folder (`CLIPVisionModel`; rotary: `MLCDVisionModel`).
 
 Writes config.json, model.safetensors, preprocessor_config.json and, beside them because it is not part of that model,
-projection.safetensors: the linear map [E, D] from the pooled output to the embedding that the loss saw.
+projection.safetensors: the linear map [E, D] from the pooled output to the embedding that the loss saw. Where positions
+are learned, open_clip's layout too: open_clip/model.safetensors (the keys below `visual.`) and open_clip/config.json.
 
   mlcd export --run runs/demo/train --out runs/demo/export
   python -c "import transformers; transformers.CLIPVisionModel.from_pretrained('runs/demo/export')"
@@ -23,6 +24,7 @@ from mlcd_ds.data.dali import CLIP_MEAN, CLIP_STD
 from mlcd_ds.engine.weights import BACKBONE_NAME, load_backbone, newest_checkpoint, read_checkpoint
 from mlcd_ds.manifest import Manifest, library_versions, sha256_of, write_atomic, write_json, write_manifest
 from mlcd_ds.models.convert import to_vision_model, vision_config
+from mlcd_ds.models.open_clip import open_clip_config, to_open_clip
 
 BICUBIC = 3  # Pillow's number, which preprocessor configs use
 
@@ -88,6 +90,15 @@ def run(options: Options, context: stage.Context) -> None:
         ),
         "config.json": write_json(options.out / "config.json", vision_config(model.config)),
     }
+    if model.config.positions == "learned":
+        tower = save(to_open_clip(state, model.config), {"format": "pt"})
+        (options.out / "open_clip").mkdir(exist_ok=True)
+        files |= {
+            "open_clip/model.safetensors": write_atomic(
+                options.out / "open_clip/model.safetensors", lambda file: file.write(tower)
+            ),
+            "open_clip/config.json": write_json(options.out / "open_clip/config.json", open_clip_config(model.config)),
+        }
     write_manifest(options.out, wanted.model_copy(update={"files": files}))
 
 
