@@ -1,0 +1,155 @@
+"""The backbone's training step: against `transformers`, with dropped tokens, and inside the whole engine.
+
+  python benchmarks/backbone.py [--json FILE]
+
+Forward, backward and AdamW of the same shape on the same machine, in turn in one run; ratios are medians over rounds.
+
+  step_time_ratio_vs_fastest_peer   ours over transformers' CLIPVisionModel (its attention: sdpa, and eager)
+  token_drop_speedup                without over with half of the patches dropped
+  engine_overhead                   (step with DeepSpeed, head and loader) / (bare forward and backward) - 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mlcd_ds.config import load_recipe
+from mlcd_ds.engine.checkpoint import git_commit
+from mlcd_ds.manifest import library_versions
+from mlcd_ds.models.convert import vision_config
+from mlcd_ds.models.noise import TrainingNoise
+from mlcd_ds.models.vit import ViT, ViTConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+BATCH = 256 if DEVICE.type == "cuda" else 8
+ROUNDS, WARMUP = 7, 2
+VIT = ViTConfig(
+    image_size=224, patch_size=16, width=384, depth=12, heads=6, mlp_width=1536, embed_dim=512, activation="quick_gelu"
+)
+ENGINE_STEPS = 30
+
+
+def training_step(model: nn.Module, run: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    """Forward, backward and a fused AdamW over `run`'s features."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        run().float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def seconds(work: Callable[[], None]) -> float:
+    """How long it takes, with the device idle before and after."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def in_turn(steps: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    """Seconds of each, `ROUNDS` times in turn."""
+    for step in steps.values():
+        for _ in range(WARMUP):
+            step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            times[name].append(seconds(step))
+    return times
+
+
+def ratio(times: dict[str, list[float]], over: str, under: str) -> float:
+    """Median over the rounds."""
+    return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
+
+
+def peers() -> dict[str, float]:
+    """Ours, ours with half of the patches, and transformers'."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    images = torch.randn(BATCH, 3, VIT.image_size, VIT.image_size, device=DEVICE, dtype=DTYPE)
+    keys = torch.arange(BATCH, device=DEVICE)
+
+    def ours() -> ViT:
+        model = ViT(VIT)
+        model.init_weights(torch.Generator().manual_seed(0))
+        return model.to(DEVICE, DTYPE)
+
+    whole, dropping = ours(), ours()
+    steps = {
+        "ours": training_step(whole, lambda: whole.forward_features(images)),
+        "ours_half": training_step(dropping, lambda: dropping.forward_features(images, TrainingNoise(keys, 0.0, 0.5))),
+    }
+    for attention in ("sdpa", "eager"):
+        theirs = CLIPVisionModel(CLIPVisionConfig(**vision_config(VIT), attn_implementation=attention))
+        theirs = theirs.to(DEVICE, DTYPE)
+        steps[f"transformers_{attention}"] = training_step(theirs, lambda m=theirs: m(images).pooler_output)
+    times = in_turn(steps)
+    against = {name: ratio(times, "ours", name) for name in times if name.startswith("transformers")}
+    return {
+        "step_time_ratio_vs_fastest_peer": max(against.values()),
+        **{f"step_time_ratio_vs_{name}": value for name, value in against.items()},
+        "token_drop_speedup": ratio(times, "ours", "ours_half"),
+    }
+
+
+def engine() -> dict[str, float]:
+    """The whole training of the demo's data on one rank, against the bare steps of its backbone.
+
+    Needs the demo's index, clusters and labels (`make demo`, or its first stages). Without its checkpoints and logs.
+    """
+    data = ROOT / "runs/demo"
+    if not (data / "labels/manifest.json").exists():
+        return {}
+    recipe = load_recipe("demo")
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "mlcd_ds.train", "--deepspeed_config", "ds_configs/zero1_fp32_cpu.json"]
+        command += [f"train.steps={ENGINE_STEPS}", f"train.out={out}/run", "train.log_every=10"]
+        command += ["train.checkpoint_every=1000", "optimizer.warmup_steps=5"]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+        entries = [json.loads(line) for line in Path(out, "run/metrics.jsonl").read_text().splitlines()]
+    engine_s = recipe.train.global_batch / statistics.median(entry["speed/images_per_s"] for entry in entries[1:])
+    torch.set_num_threads(1)
+    model = ViT(recipe.model)
+    model.init_weights(torch.Generator().manual_seed(0))
+    batch, size = recipe.train.global_batch, recipe.model.image_size
+    images, keys = torch.randn(batch, 3, size, size), torch.arange(batch)
+    noise = TrainingNoise(keys, recipe.train.drop_path, recipe.train.token_drop)
+    times = in_turn({"bare": training_step(model, lambda: model(images, noise))})
+    return {"engine_overhead": engine_s / statistics.median(times["bare"]) - 1}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    arguments = parser.parse_args()
+    result: dict[str, object] = {**peers(), **engine()}
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    result |= {"device": DEVICE.type, "batch": BATCH, "commit": git_commit(), "versions": library_versions()}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
