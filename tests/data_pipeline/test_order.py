@@ -262,7 +262,10 @@ def load(
         num_threads=1,
     )
     batches = loader.batches(first_step)
-    got = [LabelledBatch(b.images_B3SS.clone(), b.labels_BP.clone()) for b in islice(batches, num_micro_batches)]
+    got = [
+        LabelledBatch(b.images_B3SS.clone(), b.labels_BP.clone(), b.keys_B.clone())
+        for b in islice(batches, num_micro_batches)
+    ]
     batches.close()
     loader.close()
     return got
@@ -302,6 +305,8 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks(painted: PaintedSha
     for step, whole in enumerate(one):
         assert torch.equal(torch.cat([rank[step].images_B3SS for rank in ranks]), whole.images_B3SS)
         assert torch.equal(torch.cat([rank[step].labels_BP for rank in ranks]), whole.labels_BP)
+        assert torch.equal(torch.cat([rank[step].keys_B for rank in ranks]), whole.keys_B)
+        assert len(whole.keys_B.unique()) == len(whole.keys_B)
     assert not torch.equal(ranks[0][0].labels_BP, ranks[1][0].labels_BP)
 
 
