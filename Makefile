@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= cpu,demo,dev
-# DeepSpeed compiles its CPU operator at the first start. Shared between environments, each would rebuild the other's.
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .PHONY: demo test lint setup help clean
 

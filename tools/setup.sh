@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the virtual environment and install the project into it. Needs Python 3.10+ with venv, and a C++ compiler for
-# DeepSpeed's CPU operator; as root on Debian, missing ones are installed.
+# torch.compile; as root on Debian, missing ones are installed.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3}

@@ -112,6 +112,9 @@ def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config
     # DeepSpeed calls collectives by names that torch 2.13 has replaced: nothing a user could do about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.logger.setLevel(logging.WARNING)
+    # On CPUs DeepSpeed would compile a shared-memory all-reduce for inference and map 69 MB a rank of /dev/shm for it,
+    # which a killed process leaves behind. Training never calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 

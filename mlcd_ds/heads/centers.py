@@ -15,6 +15,28 @@ from mlcd_ds.heads.sampling import mixed_seed
 EPS = 1e-12  # of torch.nn.functional.normalize
 
 
+def to_unit(rows_nF: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring rows [n, F] to unit length, in place; returns them and their lengths before [n, 1]. Zeros stay zeros."""
+    lengths_n1 = rows_nF.norm(dim=1, keepdim=True).clamp_min(EPS)
+    return rows_nF.div_(lengths_n1), lengths_n1
+
+
+def through_unit(grad_nF: Tensor, unit_nF: Tensor, lengths_n1: Tensor) -> Tensor:
+    """The gradient of rows, from that of `to_unit`'s: its part along the row falls away.
+
+    A row of zeros has no direction, and gets no gradient.
+    """
+    lengths_n1 = lengths_n1.where(lengths_n1 > EPS, torch.inf)
+    return grad_nF.sub((grad_nF * unit_nF).sum(dim=1, keepdim=True) * unit_nF).div_(lengths_n1)
+
+
+def spread(part_nF: Tensor, features_F: Tensor | None, dim: int) -> Tensor:
+    """Columns `features_F` of [n, E], the others zero; the argument where all are in use."""
+    if features_F is None:
+        return part_nF
+    return part_nF.new_zeros(len(part_nF), dim).index_copy_(1, features_F, part_nF)
+
+
 @dataclass(frozen=True)
 class Centers:
     """Rows to read, and the gradient to add to. `features_F` None: all dimensions."""
@@ -28,20 +50,12 @@ class Centers:
         centers_nF = self.weight_LE[rows_n]
         if self.features_F is not None:
             centers_nF = centers_nF[:, self.features_F]
-        lengths_n1 = centers_nF.norm(dim=1, keepdim=True).clamp_min(EPS)
-        return centers_nF.div_(lengths_n1), lengths_n1
+        return to_unit(centers_nF)
 
     def add_gradient(self, rows_n: Tensor, grad_nF: Tensor, unit_nF: Tensor, lengths_n1: Tensor) -> None:
-        """Add the gradient of rows at unit length to that of the rows: its part along the row falls away.
-
-        A row of zeros (in the dimensions in use) has no direction, and gets no gradient.
-        """
-        lengths_n1 = lengths_n1.where(lengths_n1 > EPS, torch.inf)
-        across_nF = grad_nF.sub((grad_nF * unit_nF).sum(dim=1, keepdim=True) * unit_nF).div_(lengths_n1)
-        if self.features_F is not None:
-            padded_nE = across_nF.new_zeros(len(rows_n), self.weight_LE.shape[1])
-            across_nF = padded_nE.index_copy_(1, self.features_F, across_nF)
-        self.grad_LE.index_add_(0, rows_n, across_nF)
+        """Add the gradient of rows at unit length to that of the rows."""
+        across_nF = through_unit(grad_nF, unit_nF, lengths_n1)
+        self.grad_LE.index_add_(0, rows_n, spread(across_nF, self.features_F, self.weight_LE.shape[1]))
 
 
 def sample_features(dim: int, rate: float, seed: int, step: int, device: torch.device) -> Tensor | None:

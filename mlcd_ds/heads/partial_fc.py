@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mlcd_ds.heads.centers import Centers, sample_features
+from mlcd_ds.heads.centers import Centers, sample_features, spread, through_unit, to_unit
 from mlcd_ds.heads.class_shards import class_range
 from mlcd_ds.heads.groups import HeadGroups
 from mlcd_ds.heads.initial import normal_centers, projected_centers
@@ -169,7 +169,7 @@ class PartialFCHead(nn.Module):
         means = torch.stack([part_G.sum() / num_images for part_G in parts_G.values()])
         if self.groups.replicas:
             self.groups.replicas.all_reduce_sum(means)
-        emb_grad_BE = self._all_dimensions(emb_grad_BF, emb_BF, lengths_B1, emb_BE)
+        emb_grad_BE = self._all_dimensions(emb_grad_BF, emb_BF, lengths_B1, emb_BE.shape[1])
         return HeadOutput(means.sum(), dict(zip(parts_G, means, strict=True)), emb_grad_BE)
 
     def finish_gradient(self) -> None:
@@ -190,20 +190,15 @@ class PartialFCHead(nn.Module):
         scale, shift = self.objective.config.scale, self.objective.shift
         return Negatives(centers, self.sampled_S, slots_GP, scale, shift, self.exp_block, self.matmul)
 
-    def _used_dimensions(self, emb_BE: Tensor) -> tuple[Tensor, Tensor]:
-        """The dimensions in use, at unit length again, and their length before."""
-        if self._features_F is None:
-            return emb_BE, emb_BE.new_ones(len(emb_BE), 1)
-        part_BF = emb_BE[:, self._features_F]
-        lengths_B1 = part_BF.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        return part_BF / lengths_B1, lengths_B1
+    def _used_dimensions(self, emb_BE: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The dimensions in use, at unit length again, and their length before; None where all are in use."""
+        return (emb_BE, None) if self._features_F is None else to_unit(emb_BE[:, self._features_F])
 
-    def _all_dimensions(self, grad_BF: Tensor, emb_BF: Tensor, lengths_B1: Tensor, emb_BE: Tensor) -> Tensor:
+    def _all_dimensions(self, grad_BF: Tensor, emb_BF: Tensor, lengths_B1: Tensor | None, dim: int) -> Tensor:
         """The gradient of the whole embedding, from that of `_used_dimensions`."""
-        if self._features_F is None:
+        if lengths_B1 is None:
             return grad_BF
-        across_BF = (grad_BF - (grad_BF * emb_BF).sum(dim=1, keepdim=True) * emb_BF) / lengths_B1
-        return torch.zeros_like(emb_BE, dtype=across_BF.dtype).index_copy_(1, self._features_F, across_BF)
+        return spread(through_unit(grad_BF, emb_BF, lengths_B1), self._features_F, dim)
 
     @contextmanager
     def _off_the_critical_path(self, *inputs: Any) -> Iterator[None]:

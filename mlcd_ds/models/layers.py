@@ -122,6 +122,14 @@ class Embeddings(nn.Module):
         return torch.cat([tokens_BTD[:, :1], kept_BKD], dim=1)
 
 
+def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v, [B, H, T, K]."""
+    if q_BHTK.device.type == "cpu" and q_BHTK.dtype.itemsize == 2:
+        # torch's backward in 16 bits is several times slower there than in 32.
+        return F.scaled_dot_product_attention(q_BHTK.float(), k_BHTK.float(), v_BHTK.float()).to(q_BHTK.dtype)
+    return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with separate query, key and value projections."""
 
@@ -148,7 +156,7 @@ class Attention(nn.Module):
         )
         if rotation is not None:
             q_BHTK, k_BHTK = rotation.apply(q_BHTK), rotation.apply(k_BHTK)
-        mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK)
+        mixed_BHTK = attend(q_BHTK, k_BHTK, v_BHTK)
         return self.out_proj(mixed_BHTK.transpose(1, 2).flatten(2))
 
 

@@ -77,12 +77,9 @@ def child(out: Path, point: int, report: int) -> None:
 
 
 def load_once() -> None:
-    """What takes long and can be shared by the forks: imports, and DeepSpeed's compiled CPU collectives."""
+    """What takes long and can be shared by the forks: imports."""
     choose_accelerator()
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (compiles as it is imported)
-    from deepspeed.accelerator import get_accelerator
-
-    get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (torch.compile's own imports)
 
 
 def main(out: Path) -> int:

@@ -94,6 +94,7 @@ def test_a_run_killed_three_times_ends_as_if_nothing_had_happened(bench: Bench, 
 
 
 def test_two_ranks_resume_bit_for_bit(bench: Bench) -> None:
+    shared_memory = sorted(Path("/dev/shm").glob("*deepspeed*"))
     whole = bench.start("whole-2", *LONG, run=("torchrun", 2))
     assert whole.wait() == 0, whole.text
     training = bench.start("killed-2", *LONG, run=("torchrun", 2))
@@ -103,6 +104,7 @@ def test_two_ranks_resume_bit_for_bit(bench: Bench) -> None:
     training = bench.start("killed-2", *LONG, run=("torchrun", 2))
     assert training.wait() == 0, training.text
     assert_same_end(training.out, whole.out)
+    assert sorted(Path("/dev/shm").glob("*deepspeed*")) == shared_memory, "nothing is left in memory by a kill"
 
 
 def test_another_seed_ends_elsewhere(bench: Bench, uninterrupted: Path) -> None:

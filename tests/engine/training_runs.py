@@ -21,7 +21,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 DS_CONFIG = ROOT / "ds_configs/zero1_fp32_cpu.json"
-TIMEOUT_S = 240.0  # DeepSpeed compiles its CPU collectives at the very first start
+TIMEOUT_S = 240.0
 POLL_S = 0.001
 COLUMNS = ("loss/total", "loss/negatives", "loss/positives", "optimizer/grad_norm_backbone", "optimizer/grad_norm_head")
 

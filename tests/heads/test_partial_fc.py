@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from mlcd_ds.config import OptimizerConfig
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.optimizer import head_optimizer
 from mlcd_ds.errors import UserError
-from mlcd_ds.heads.groups import make_head_groups
+from mlcd_ds.heads.groups import HeadGroups, make_head_groups
 from mlcd_ds.heads.partial_fc import HeadConfig, PartialFCHead, attach_gradient, without_repeats
 from mlcd_ds.heads.row_optimizer import RowOptimizer
 from mlcd_ds.heads.state import load_head, save_head
@@ -202,6 +203,45 @@ def test_known_bad_state_is_told_apart(saved: Path, by_ranks: dict) -> None:
     written = [rank["state"] for rank in by_ranks[3]]
     swapped = torch.cat([state["exp_avg"] for state in (written[1], written[0], written[2])])
     assert not torch.equal(swapped, torch.cat([rank[3]["exp_avg"] for rank in loaded_by(2, saved)]))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank of so many, for what needs no collective."""
+
+    rank: int
+    size: int
+
+
+def head_at(rank: int, size: int) -> tuple[PartialFCHead, RowOptimizer]:
+    """One shard of a head of 83 classes, all zero."""
+    place = Place(rank, size)
+    loss = ClassLoss(ObjectiveConfig())
+    head = PartialFCHead(83, DIM, HeadConfig(), loss, HeadGroups(classes=place, data=place), seed=3)
+    optimizer = make_optimizer(head)
+    for tensor in state_of(head, optimizer).values():
+        tensor.zero_()
+    return head, optimizer
+
+
+@pytest.mark.parametrize("num_writers", [1, 2, 3, 80])
+@pytest.mark.parametrize("num_readers", [1, 2, 3, 80])
+def test_eighty_shards(tmp_path: Path, num_writers: int, num_readers: int) -> None:
+    """In one process: what is written and read depends on nothing but rank and size."""
+    for rank in range(num_writers):
+        head, optimizer = head_at(rank, num_writers)
+        for number, tensor in enumerate(state_of(head, optimizer).values()):
+            classes = torch.arange(head.classes.begin, head.classes.end) + 1
+            tensor += (classes * 10 + number).view(-1, *[1] * (tensor.ndim - 1)).to(tensor.dtype)
+        save_head(tmp_path, head, optimizer)
+    assert len(list(tmp_path.iterdir())) == num_writers
+    read = [head_at(rank, num_readers) for rank in range(num_readers)]
+    for head, optimizer in read:
+        load_head(tmp_path, head, optimizer)
+    for number, name in enumerate(state_of(*read[0])):
+        rows = torch.cat([state_of(*shard)[name] for shard in read])
+        expected = (torch.arange(1, 84) * 10 + number).to(rows.dtype)
+        assert (rows.reshape(83, -1) == expected[:, None]).all(), name
 
 
 def load_damaged(group: Group, folder: Path) -> str:

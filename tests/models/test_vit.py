@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlcd_ds.models.layers import PatchEmbedding
+from mlcd_ds.models.layers import PatchEmbedding, attend
 from mlcd_ds.models.vit import ViT, ViTConfig, flops_per_image, nan_parameters, num_parameters
 
 TINY = dict(image_size=32, patch_size=8, width=48, depth=2, heads=4, mlp_width=96, embed_dim=24)
@@ -145,3 +145,12 @@ def test_vit_b32_has_the_published_size() -> None:
         model = ViT(config)
     assert num_parameters(model) == 87_456_000 + 768 * 512
     assert flops_per_image(config) == pytest.approx(8.8e9, rel=0.02)  # 4.4 GMAC, as open_clip and timm state
+
+
+def test_sixteen_bit_attention_on_a_cpu_is_that_of_32_bits_rounded() -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, 3, 9, 8, generator=generator).bfloat16() for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    assert attend(q, k, v).dtype == torch.bfloat16 and torch.equal(attend(q, k, v), expected.bfloat16())
+    assert not torch.equal(attend(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, v, k))
+    assert attend(q.double(), k.double(), v.double()).dtype == torch.float64
