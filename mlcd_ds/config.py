@@ -70,7 +70,9 @@ class TrainConfig(Frozen):
         "none", description="activation checkpointing: of each block's MLP branch, or of each whole block"
     )
     compile: bool = Field(False, description="torch.compile each block (needs a C++ compiler; slow at the first steps)")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="of the backbone")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "bf16", description="of the backbone; auto: as the DeepSpeed file says"
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, order, crops and sampled classes")
     checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that stay on disk")
@@ -115,6 +117,13 @@ class Recipe(Frozen):
                 f"lower it (optimizer.warmup_steps={self.train.steps // 10})"
             )
         return self
+
+
+def with_precision(recipe: Recipe, precision: str) -> Recipe:
+    """The recipe with train.precision "auto" decided."""
+    if recipe.train.precision != "auto":
+        return recipe
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
 
 
 def recipe_names() -> list[str]:

@@ -19,9 +19,9 @@ if __name__ == "__main__" and not __package__:  # run by path: this folder's nam
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from mlcd_ds import stage
-from mlcd_ds.config import Recipe, load_recipe, recipe_names
-from mlcd_ds.engine.memory import Layout, activation_bytes, state_bytes
-from mlcd_ds.errors import UserError
+from mlcd_ds.config import Recipe, load_recipe, recipe_names, with_precision
+from mlcd_ds.engine.layout import Layout, plan_batches
+from mlcd_ds.engine.memory import activation_bytes, state_bytes
 from mlcd_ds.heads.class_shards import class_range
 from mlcd_ds.heads.memory import head_memory
 from mlcd_ds.heads.sampling import num_sampled
@@ -89,13 +89,8 @@ def largest_micro_batch(recipe: Recipe, layout: Layout, num_centers: int, gpu: G
 def page(recipe: Recipe, layout: Layout, num_centers: int, gpu_name: str, mfu: float | None) -> str:
     """The whole plan as text."""
     gpu, train = GPUS[gpu_name], recipe.train
-    if train.global_batch % layout.data_parallel:
-        raise UserError(
-            f"train.global_batch {train.global_batch} is not a multiple of the {layout.data_parallel} data-parallel "
-            "ranks: change --gpus or train.global_batch."
-        )
-    per_rank = train.global_batch // layout.data_parallel
-    micro_batch = train.micro_batch_per_rank or per_rank
+    batches = plan_batches(recipe, layout, 0)
+    micro_batch, per_rank = batches.micro_batch, train.global_batch // layout.data_parallel
     parts = memory_gib(recipe, layout, num_centers, micro_batch, train.recompute)
     total = sum(parts.values())
     flops = training_flops(recipe, train.recompute)
@@ -138,6 +133,13 @@ def page(recipe: Recipe, layout: Layout, num_centers: int, gpu_name: str, mfu: f
     return "\n".join(lines)
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a number from 1 on")
+    return value
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `mlcd plan`."""
     parser = argparse.ArgumentParser(
@@ -145,20 +147,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys, such as train.recompute=mlp")
     parser.add_argument("--recipe", default="vit_l_14", help=f"name or file (there are {', '.join(recipe_names())})")
-    parser.add_argument("--gpus", type=int, default=80, help="how many (default: %(default)s)")
+    parser.add_argument("--gpus", type=positive, default=80, help="how many (default: %(default)s)")
     parser.add_argument("--gpu", choices=GPUS, default="a100-80gb", help="which (default: %(default)s)")
     parser.add_argument("--zero", type=int, choices=range(4), default=1, help="ZeRO stage (default: %(default)s)")
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks that share a layer (default: 1)")
-    parser.add_argument("--num-centers", type=int, default=1_000_000, help="classes (default: %(default)s)")
+    parser.add_argument("--tensor-parallel", type=positive, default=1, help="ranks that share a layer (default: 1)")
+    parser.add_argument("--num-centers", type=positive, default=1_000_000, help="classes (default: %(default)s)")
     parser.add_argument("--mfu", type=float, help="share of the peak that your runs reach, such as 0.41")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the page."""
-    if args.gpus < 1 or args.tensor_parallel < 1 or args.gpus % args.tensor_parallel:
-        raise UserError(f"--tensor-parallel {args.tensor_parallel} does not divide --gpus {args.gpus}.")
-    recipe = load_recipe(args.recipe, tuple(args.overrides))
+    recipe = with_precision(load_recipe(args.recipe, tuple(args.overrides)), "bf16")
     layout = Layout(args.gpus, args.tensor_parallel, args.zero)
     stage.logger.info(page(recipe, layout, args.num_centers, args.gpu, args.mfu))
     return 0

@@ -22,17 +22,26 @@ if __name__ == "__main__" and not __package__:  # run by path: this folder's nam
 import torch
 
 from mlcd_ds import stage
-from mlcd_ds.config import Recipe, changed_keys, dump_recipe, load_recipe, recipe_names
+from mlcd_ds.config import Recipe, changed_keys, dump_recipe, load_recipe, recipe_names, with_precision
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.loader import StreamSlice
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.distributed.deepspeed import check_zero_section, fill_ds_config, read_ds_config
+from mlcd_ds.distributed.deepspeed import (
+    check_zero_section,
+    fill_ds_config,
+    read_ds_config,
+    stated_precision,
+    tensor_parallel_size,
+)
+from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.stopping import EXIT_REQUEUE, StopRequest
-from mlcd_ds.engine.trainer import Trainer, plan_batches
+from mlcd_ds.engine.tensor_parallel import autotp_section
+from mlcd_ds.engine.trainer import Trainer
 from mlcd_ds.engine.weights import CHECKPOINT_NAME, CONFIG_NAME, checkpoint_folders, read_run_recipe
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.class_shards import class_range
+from mlcd_ds.heads.groups import num_class_shards
 from mlcd_ds.heads.sampling import num_sampled
 from mlcd_ds.manifest import (
     MANIFEST_NAME,
@@ -88,20 +97,33 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def resolve_ds_config(path: Path, recipe: Recipe, plan: StreamSlice) -> dict:
+def read_layout(config: dict, path: Path, num_ranks: int) -> Layout:
+    """How the DeepSpeed file spreads the backbone over the ranks."""
+    return Layout(num_ranks, tensor_parallel_size(config, path), check_zero_section(config, path))
+
+
+def resolve_ds_config(config: dict, path: Path, recipe: Recipe, layout: Layout, plan: StreamSlice) -> dict:
     """The DeepSpeed config with everything that the recipe says filled in."""
     precision = recipe.train.precision
     source = f"train.precision={precision} in the recipe"
+    # In bf16 DeepSpeed's stage 0 has no fp32 copy of the weights, and small updates are lost: autocast keeps one.
+    is_autocast = precision == "bf16" and layout.zero_stage == 0
+    if is_autocast:
+        source = "ZeRO stage 0, where bf16 is torch's autocast over fp32 weights,"
     values = {
         "train_batch_size": (recipe.train.global_batch, "train.global_batch in the recipe"),
         "train_micro_batch_size_per_gpu": (plan.micro_batch, "train.micro_batch_per_rank in the recipe"),
         "gradient_accumulation_steps": (plan.num_micro_batches, "train.global_batch over ranks and micro-batch"),
         "gradient_clipping": (recipe.optimizer.clip_norm, "optimizer.clip_norm in the recipe"),
-        "bf16.enabled": (precision == "bf16", source),
+        "bf16.enabled": (precision == "bf16" and not is_autocast, source),
         "fp16.enabled": (precision == "fp16", source),
     }
-    config = fill_ds_config(read_ds_config(path), path, values)
-    config.setdefault("zero_optimization", {})["stage"] = check_zero_section(config, path)
+    config = fill_ds_config(config, path, values)
+    config.setdefault("zero_optimization", {})["stage"] = layout.zero_stage
+    if is_autocast:
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if layout.tensor_parallel > 1:
+        config["tensor_parallel"] = autotp_section(layout.tensor_parallel)
     config.setdefault("steps_per_print", 10**9)  # progress is ours to show
     return config
 
@@ -120,24 +142,25 @@ def open_data(recipe: Recipe, group: Group) -> tuple[ShardIndex, LabelStore]:
     return index, labels
 
 
-def describe(recipe: Recipe, ds_config: dict, plan: StreamSlice, context: stage.Context) -> None:
+def describe(recipe: Recipe, ds_config: dict, layout: Layout, plan: StreamSlice, context: stage.Context) -> None:
     """Say what would run: the resolved files, sizes and shares."""
     with torch.device("meta"):
         model = ViT(recipe.model)
-    ranks = context.group.size
     lines = [
         dump_recipe(recipe).rstrip(),
         f"# DeepSpeed: {ds_config}",
         f"# backbone: {num_parameters(model) / 1e6:.1f} M parameters, {flops_per_image(recipe.model) / 1e9:.1f} GFLOP "
         "an image forward",
-        f"# batch: {recipe.train.global_batch} = {ranks} ranks x {plan.num_micro_batches} x {plan.micro_batch}",
+        f"# batch: {recipe.train.global_batch} = {layout.data_parallel} data-parallel x {plan.num_micro_batches} x "
+        f"{plan.micro_batch}, on {layout.num_ranks} ranks",
         f"# samples seen: {recipe.train.steps * recipe.train.global_batch / 1e6:.1f} M",
     ]
     if recipe.data.index is None or recipe.data.labels is None:
         lines.append("# data: data.index and data.labels are not given; a real run needs them")
     else:
         index, labels = open_data(recipe, context.group)
-        local = class_range(labels.num_centers, ranks, context.group.rank)
+        shards = num_class_shards(layout.num_ranks, recipe.head.parallel_size, layout.tensor_parallel)
+        local = class_range(labels.num_centers, shards, 0)
         lines.append(
             f"# data: {index.num_images} images, {labels.num_labels} labels each of {labels.num_centers} centres"
         )
@@ -164,16 +187,19 @@ def run(args: argparse.Namespace, context: stage.Context) -> int:
     """Check everything, then train. Returns the exit status."""
     given = [f"train.init_from={args.init_from}"] if args.init_from else []
     recipe = load_recipe(args.recipe, (*args.overrides, *given))
-    plan = plan_batches(recipe, context.group)
-    ds_config = resolve_ds_config(args.deepspeed_config, recipe, plan)
+    given_config = read_ds_config(args.deepspeed_config)
+    recipe = with_precision(recipe, stated_precision(given_config, args.deepspeed_config))
+    layout = read_layout(given_config, args.deepspeed_config, context.group.size)
+    plan = plan_batches(recipe, layout, context.group.rank)
+    ds_config = resolve_ds_config(given_config, args.deepspeed_config, recipe, layout, plan)
     if args.dry_run:
-        describe(recipe, ds_config, plan, context)
+        describe(recipe, ds_config, layout, plan, context)
         return 0
     with StopRequest() as stop:
-        return train(recipe, ds_config, context, stop)
+        return train(recipe, ds_config, layout, context, stop)
 
 
-def train(recipe: Recipe, ds_config: dict, context: stage.Context, stop: StopRequest) -> int:
+def train(recipe: Recipe, ds_config: dict, layout: Layout, context: stage.Context, stop: StopRequest) -> int:
     """Open the data, claim the run's folder, train to the end or to a stop. Returns the exit status."""
     index, labels = open_data(recipe, context.group)
     claim_folder(recipe, context)
@@ -189,7 +215,7 @@ def train(recipe: Recipe, ds_config: dict, context: stage.Context, stop: StopReq
         out,
         out,
     )
-    if not Trainer(recipe, ds_config, index, labels, context.group, context.device).fit(stop):
+    if not Trainer(recipe, ds_config, layout, index, labels, context.group, context.device).fit(stop):
         stage.logger.info("train: asked to stop; a checkpoint is saved. Start again to go on.")
         return EXIT_REQUEUE
     if context.group.is_main:

@@ -104,6 +104,28 @@ def check_zero_section(config: dict[str, Any], path: Path) -> int:
         raise UserError(f"{path}: zero_optimization: {first_problem(error)}.") from None
 
 
+def stated_precision(config: dict[str, Any], path: Path) -> str:
+    """bf16 or fp16 where the file enables it or leaves it open ("auto"), else fp32."""
+    for name in ("bf16", "fp16"):
+        section = config.get(name, {})
+        _check_section(section, path, name)
+        if section.get("enabled") in (True, "auto"):
+            return name
+    return "fp32"
+
+
+def tensor_parallel_size(config: dict[str, Any], path: Path) -> int:
+    """`tensor_parallel.autotp_size`, 1 where it is not given. How layers are split is not the file's to say."""
+    section = config.get("tensor_parallel", {})
+    _check_section(section, path, "tensor_parallel")
+    if other := sorted(section.keys() - {"autotp_size"}):
+        raise UserError(f"{path}: tensor_parallel.{other[0]} is not set here: only autotp_size is.")
+    size = section.get("autotp_size", 1)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise UserError(f"{path}: tensor_parallel.autotp_size is {size!r}: it must be a whole number from 1 on.")
+    return size
+
+
 def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
     """Wrap the backbone. The process group is up already; the head stays outside (see docs/design.md)."""
     choose_accelerator()
@@ -115,7 +137,15 @@ def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config
     # On CPUs DeepSpeed would compile a shared-memory all-reduce for inference and map 69 MB a rank of /dev/shm for it,
     # which a killed process leaves behind. Training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    mpu = None
+    if (size := config.get("tensor_parallel", {}).get("autotp_size", 1)) > 1:
+        from deepspeed.utils import groups as mpu
+
+        deepspeed.init_distributed(dist_init_required=False)
+        mpu._init_tp_mesh_device(tensor_model_parallel_size=size)  # or the batch would be shared over all ranks
+    engine, _, _, _ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
+    )
     return engine
 
 
@@ -126,10 +156,26 @@ def step_engine(engine: Any) -> float | torch.Tensor | None:
     """
     norm = None
     if engine.is_gradient_accumulation_boundary() and engine.zero_optimization_stage() == 0:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        norm = _gradient_norm(engine)
     engine.step()
     told = engine.get_global_grad_norm()
     return norm if told is None else told
+
+
+def _gradient_norm(engine: Any) -> torch.Tensor:
+    """Norm of all gradients, those of split layers summed over the tensor-parallel group."""
+    from deepspeed.runtime.utils import is_model_parallel_parameter
+
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+    whole, split = (
+        torch.nn.utils.get_total_norm([p.grad for p in parameters if is_model_parallel_parameter(p) == is_split])
+        for is_split in (False, True)
+    )
+    if engine.autotp_size() <= 1:
+        return whole
+    squares = split.square()
+    torch.distributed.all_reduce(squares, group=engine.mpu.get_model_parallel_group())
+    return (whole.square() + squares).sqrt()
 
 
 def save_engine(engine: Any, folder: Path) -> None:

@@ -18,6 +18,8 @@ from safetensors.torch import save
 from mlcd_ds.config import Recipe
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.deepspeed import full_fp32_parameters, load_engine, save_engine
+from mlcd_ds.engine.layout import Layout
+from mlcd_ds.engine.tensor_parallel import whole_weights
 from mlcd_ds.engine.weights import (
     BACKBONE_NAME,
     CHECKPOINT_NAME,
@@ -48,14 +50,14 @@ class Checkpointer:
     def __init__(
         self,
         recipe: Recipe,
-        zero_stage: int,
+        layout: Layout,
         engine: Any,
         head: PartialFCHead,
         head_optimizer: Any,
         group: Group,
         inputs: dict[str, str],
     ) -> None:
-        self._recipe, self._zero_stage, self._group, self._inputs = recipe, zero_stage, group, inputs
+        self._recipe, self._layout, self._group, self._inputs = recipe, layout, group, inputs
         self._engine, self._head, self._head_optimizer = engine, head, head_optimizer
         self._folder = recipe.train.out / CHECKPOINTS
         self._git_commit = git_commit()
@@ -95,7 +97,7 @@ class Checkpointer:
         self._group.barrier()
         save_engine(self._engine, partial)
         save_head(partial, self._head, self._head_optimizer)
-        weights = full_fp32_parameters(self._engine)
+        weights = whole_weights(full_fp32_parameters(self._engine), self._head.groups.tensor)
         if self._group.is_main:
             write_atomic(partial / BACKBONE_NAME, lambda file: file.write(save(weights)))
         self._group.barrier()
@@ -104,7 +106,8 @@ class Checkpointer:
             manifest = CheckpointManifest(
                 step=step,
                 num_ranks=self._group.size,
-                zero_stage=self._zero_stage,
+                zero_stage=self._layout.zero_stage,
+                tensor_parallel=self._layout.tensor_parallel,
                 num_classes=self._head.classes.num_classes,
                 inputs=self._inputs,
                 recipe=self._recipe.model_dump(mode="json"),
@@ -143,9 +146,15 @@ class Checkpointer:
         return manifest.step
 
     def _check(self, folder: Path, manifest: CheckpointManifest) -> None:
-        if self._zero_stage != manifest.zero_stage:
+        if self._layout.zero_stage != manifest.zero_stage:
             raise UserError(
-                f"{folder} was saved under ZeRO {manifest.zero_stage}, the DeepSpeed config says {self._zero_stage}."
+                f"{folder} was saved under ZeRO {manifest.zero_stage}, the DeepSpeed config says "
+                f"{self._layout.zero_stage}."
+            )
+        if self._layout.tensor_parallel != manifest.tensor_parallel:
+            raise UserError(
+                f"{folder} was saved by tensor-parallel groups of {manifest.tensor_parallel}, tensor_parallel.autotp_size "
+                f"is {self._layout.tensor_parallel}."
             )
         if self._group.size != manifest.num_ranks:
             raise UserError(

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 
+from mlcd_ds.engine.layout import Layout
 from mlcd_ds.models.layers import Recompute
 from mlcd_ds.models.noise import TrainingNoise
 from mlcd_ds.models.vit import ViT, ViTConfig, num_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the backbone is spread: ranks, ranks of a tensor-parallel group, ZeRO stage."""
-
-    num_ranks: int
-    tensor_parallel: int
-    zero_stage: int
-
-    @property
-    def data_parallel(self) -> int:
-        return self.num_ranks // self.tensor_parallel
 
 
 def state_bytes(config: ViTConfig, precision: str, layout: Layout) -> dict[str, int]:

@@ -22,12 +22,13 @@ from mlcd_ds.clustering.center_store import CenterStore
 from mlcd_ds.config import Recipe, dump_recipe
 from mlcd_ds.data.dali import clip_pixels
 from mlcd_ds.data.label_store import LabelStore
-from mlcd_ds.data.loader import LabelledBatch, StreamSlice, TrainLoader
+from mlcd_ds.data.loader import LabelledBatch, TrainLoader
 from mlcd_ds.data.order import SampleOrder
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.deepspeed import initialize_engine, step_engine
 from mlcd_ds.engine.checkpoint import Checkpointer
+from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.metrics import RunLog, log_data_pages, peak_memory_mb
 from mlcd_ds.engine.optimizer import backbone_optimizer, head_optimizer, set_learning_rate
 from mlcd_ds.engine.schedule import learning_rate
@@ -41,27 +42,6 @@ from mlcd_ds.models.vit import ViT
 from mlcd_ds.objectives.class_losses import ClassLoss
 
 logger = logging.getLogger("mlcd_ds")  # rank 0's alone speaks (stage.py)
-
-
-def plan_batches(recipe: Recipe, group: Group) -> StreamSlice:
-    """Share the global batch. Raises UserError naming the numbers that do not divide."""
-    streams, ranks, batch = recipe.data.num_streams, group.size, recipe.train.global_batch
-    if streams % ranks:
-        raise UserError(
-            f"data.num_streams {streams} is not a multiple of the {ranks} ranks: set data.num_streams={ranks} (a new "
-            f"order of samples, so a new run), or start a number of ranks that divides {streams}."
-        )
-    per_rank = batch // ranks
-    micro_batch = recipe.train.micro_batch_per_rank or per_rank
-    if per_rank % micro_batch:
-        divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
-        near = min(divisors, key=lambda n: abs(n - micro_batch))
-        raise UserError(
-            f"train.micro_batch_per_rank {micro_batch} does not divide the {per_rank} images a rank "
-            f"(train.global_batch {batch} on {ranks} ranks): take {near}."
-        )
-    mine = tuple(range(group.rank * streams // ranks, (group.rank + 1) * streams // ranks))
-    return StreamSlice(mine, batch // streams, per_rank // micro_batch)
 
 
 @dataclass(frozen=True)
@@ -82,13 +62,15 @@ class Trainer:
         self,
         recipe: Recipe,
         ds_config: dict[str, Any],
+        layout: Layout,
         index: ShardIndex,
         labels: LabelStore,
         group: Group,
         device: torch.device,
     ) -> None:
         self.recipe, self.index, self.labels, self.group, self.device = recipe, index, labels, group, device
-        self.plan = plan_batches(recipe, group)
+        self.layout = layout
+        self.plan = plan_batches(recipe, layout, group.rank)
         if (wanted := recipe.objective.num_labels or 1) > labels.num_labels:
             raise UserError(
                 f"objective.num_labels is {wanted}, but {labels.folder} holds {labels.num_labels} labels an image: "
@@ -111,7 +93,7 @@ class Trainer:
             recipe.model.embed_dim,
             recipe.head.with_precision(recipe.train.precision),
             ClassLoss(recipe.objective),
-            make_head_groups(group, recipe.head.parallel_size),
+            make_head_groups(group, recipe.head.parallel_size, layout.tensor_parallel),
             seed,
             device,
         )
@@ -129,7 +111,7 @@ class Trainer:
         )
         self.checkpointer = Checkpointer(
             recipe,
-            ds_config["zero_optimization"]["stage"],
+            layout,
             self.engine,
             self.head,
             self.head_optimizer,
@@ -158,7 +140,7 @@ class Trainer:
             noise = TrainingNoise(batch.keys_B, self.recipe.train.drop_path, self.recipe.train.token_drop)
             emb_BE = F.normalize(self.engine(batch.images_B3SS.to(self.dtype), noise).float(), dim=1)
             output = self.head(emb_BE, batch.labels_BP, weight=1 / num_micro_batches)
-            self.engine.backward(attach_gradient(emb_BE, output, self.group.size))
+            self.engine.backward(attach_gradient(emb_BE, output, self.layout.data_parallel))
             backbone_norm = step_engine(self.engine)
             outputs.append(output)
         head_norm = self.head_optimizer.step(lr * config.head_lr_scale)

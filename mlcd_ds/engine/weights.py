@@ -31,6 +31,7 @@ class CheckpointManifest(Frozen):
     step: int
     num_ranks: int
     zero_stage: int
+    tensor_parallel: int = 1
     num_classes: int
     inputs: dict[str, str]
     recipe: dict

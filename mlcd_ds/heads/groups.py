@@ -31,21 +31,27 @@ class HeadGroups:
         return self.replicas.size if self.replicas else 1
 
 
+def num_class_shards(size: int, head_parallel: int | None, tensor_parallel: int) -> int:
+    """Over how many of `size` ranks the classes are spread. Raises UserError where the sizes do not divide."""
+    if size % tensor_parallel:
+        raise UserError(f"tensor parallel size {tensor_parallel} does not divide the {size} ranks.")
+    shards = head_parallel or size
+    if size % shards or shards % tensor_parallel:
+        choices = [n for n in range(tensor_parallel, size + 1, tensor_parallel) if size % n == 0]
+        raise UserError(
+            f"head.parallel_size {shards} must divide the {size} ranks and be a multiple of the tensor parallel size "
+            f"{tensor_parallel}: take one of {choices}, or leave it out for {size}."
+        )
+    return shards
+
+
 def make_head_groups(world: Group, head_parallel: int | None = None, tensor_parallel: int = 1) -> HeadGroups:
     """Split the ranks; consecutive ones belong together. Raises UserError where the sizes do not divide.
 
     Collective: every rank makes every group.
     """
     size, tensor = world.size, tensor_parallel
-    if size % tensor:
-        raise UserError(f"tensor parallel size {tensor} does not divide the {size} ranks.")
-    shards = head_parallel or size
-    if size % shards or shards % tensor:
-        choices = [n for n in range(tensor, size + 1, tensor) if size % n == 0]
-        raise UserError(
-            f"head.parallel_size {shards} must divide the {size} ranks and be a multiple of the tensor parallel size "
-            f"{tensor}: take one of {choices}, or leave it out for {size}."
-        )
+    shards = num_class_shards(size, head_parallel, tensor)
     blocks = [range(first, first + shards) for first in range(0, size, shards)]
     data = [block[place::tensor] for block in blocks for place in range(tensor)]
     peers = [range(first, first + tensor) for first in range(0, size, tensor)]

@@ -7,7 +7,8 @@ import torch
 
 from mlcd_ds import plan
 from mlcd_ds.config import load_recipe
-from mlcd_ds.engine.memory import Layout, _kept_bytes, activation_bytes, state_bytes
+from mlcd_ds.engine.layout import Layout
+from mlcd_ds.engine.memory import _kept_bytes, activation_bytes, state_bytes
 from mlcd_ds.models.vit import ViT, ViTConfig, num_parameters
 
 CONFIG = ViTConfig(image_size=32, patch_size=8, width=32, depth=5, heads=2, mlp_width=128, embed_dim=16)
@@ -54,11 +55,24 @@ def test_the_papers_job(capfd: pytest.CaptureFixture) -> None:
     assert sum(parts.values()) <= 80 < sum(plan.memory_gib(recipe, layout, 10**6, 2 * largest, "none").values())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "7"], "data.num_streams 160 is not a multiple of the 7 data-parallel ranks"),
+        (["train.micro_batch_per_rank=81"], "train.micro_batch_per_rank 81 does not divide the 410 images"),
+        (["head.parallel_size=7"], "head.parallel_size 7 must divide the 80 ranks"),
+        (["--tensor-parallel", "3"], "tensor parallel size 3 does not divide the 80 ranks"),
+        (["--tensor-parallel", "5"], "tensor parallel size 5 does not divide model.heads 16"),
+    ],
+)
+def test_what_training_would_refuse_is_refused(
+    capfd: pytest.CaptureFixture, arguments: list[str], message: str
+) -> None:
+    assert plan.main(arguments) == 2
+    assert message in "".join(capfd.readouterr())
+
+
 def test_what_does_not_fit_is_said(capfd: pytest.CaptureFixture) -> None:
     assert plan.main(["--gpus", "8", "--gpu", "a100-40gb", "train.micro_batch_per_rank=null"]) == 0
     text = "".join(capfd.readouterr())
     assert "DOES NOT FIT" in text and "To make it fit" in text
-    assert plan.main(["--gpus", "7"]) != 0
-    assert "32800 is not a multiple of the 7" in "".join(capfd.readouterr())
-    assert plan.main(["--gpus", "8", "--tensor-parallel", "3"]) != 0
-    assert "--tensor-parallel 3 does not divide --gpus 8" in "".join(capfd.readouterr())

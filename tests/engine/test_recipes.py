@@ -21,8 +21,16 @@ from mlcd_ds.config import (
     load_recipe,
     parse_recipe,
     recipe_names,
+    with_precision,
 )
-from mlcd_ds.distributed.deepspeed import ELSEWHERE, check_zero_section, fill_ds_config, read_ds_config
+from mlcd_ds.distributed.deepspeed import (
+    ELSEWHERE,
+    check_zero_section,
+    fill_ds_config,
+    read_ds_config,
+    stated_precision,
+    tensor_parallel_size,
+)
 from mlcd_ds.engine.optimizer import backbone_optimizer, set_learning_rate
 from mlcd_ds.engine.schedule import learning_rate
 from mlcd_ds.errors import UserError
@@ -277,3 +285,35 @@ def test_changed_keys_are_dotted() -> None:
     new = parse_recipe(content(optimizer={"lr": 2e-3}, data={"augment": {"flip": False}}), "here")
     assert changed_keys(old, new) == ["data.augment.flip", "optimizer.lr"]
     assert isinstance(new, Recipe)
+
+
+@pytest.mark.parametrize(
+    ("config", "precision"),
+    [
+        ({}, "fp32"),
+        ({"bf16": {"enabled": False}}, "fp32"),
+        ({"bf16": {"enabled": True}}, "bf16"),
+        ({"bf16": {"enabled": "auto"}}, "bf16"),
+        ({"fp16": {"enabled": "auto"}}, "fp16"),
+    ],
+)
+def test_precision_auto_follows_the_deepspeed_file(config: dict, precision: str) -> None:
+    assert stated_precision(config, Path("ds.json")) == precision
+    recipe = load_recipe("demo")
+    assert recipe.train.precision == "auto" and with_precision(recipe, precision).train.precision == precision
+    assert with_precision(load_recipe("vit_l_14"), "fp32").train.precision == "bf16", "what is said stays"
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"autotp_size": 0}, "autotp_size is 0: it must be a whole number"),
+        ({"autotp_size": 2, "partition_config": {}}, "tensor_parallel.partition_config is not set here"),
+        (2, "tensor_parallel must be a mapping"),
+    ],
+)
+def test_tensor_parallel_sections_are_checked(section: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tensor_parallel_size({"tensor_parallel": section}, Path("ds.json"))
+    assert tensor_parallel_size({}, Path("ds.json")) == 1
+    assert tensor_parallel_size({"tensor_parallel": {"autotp_size": 4}}, Path("ds.json")) == 4

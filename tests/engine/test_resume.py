@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_harness import TinyData, quiet_environment
-from training_runs import Training, checkpoints, curves, final_bytes, metrics, start, write_recipe
+from training_runs import DS_CONFIG, Training, checkpoints, curves, final_bytes, metrics, start, write_recipe
 
 pytestmark = pytest.mark.pipeline
 # Long enough to be killed in time: a step takes about 10 ms.
@@ -27,8 +28,11 @@ class Bench:
     folder: Path
     recipe: Path
 
-    def start(self, name: str, *overrides: str, run: tuple[str, int] = ("python", 1)) -> Training:
-        return start(self.recipe, self.folder / name, *overrides, run=run, env=quiet_environment())
+    def start(
+        self, name: str, *overrides: str, run: tuple[str, int] = ("python", 1), ds_config: Path = DS_CONFIG
+    ) -> Training:
+        env = quiet_environment()
+        return start(self.recipe, self.folder / name, *overrides, run=run, env=env, ds_config=ds_config)
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +97,20 @@ def test_a_run_killed_three_times_ends_as_if_nothing_had_happened(bench: Bench, 
     assert not any((training.out / "checkpoints").glob(".*")), "left-overs of the kills are gone"
 
 
-def test_two_ranks_resume_bit_for_bit(bench: Bench) -> None:
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_two_ranks_resume_bit_for_bit(bench: Bench, tensor_parallel: int) -> None:
     shared_memory = sorted(Path("/dev/shm").glob("*deepspeed*"))
-    whole = bench.start("whole-2", *LONG, run=("torchrun", 2))
+    ds_config = bench.folder / f"tp{tensor_parallel}.json"
+    content = json.loads(DS_CONFIG.read_text()) | {"tensor_parallel": {"autotp_size": tensor_parallel}}
+    ds_config.write_text(json.dumps(content))
+    name, run = f"tp{tensor_parallel}", ("torchrun", 2)
+    whole = bench.start(f"whole-{name}", *LONG, run=run, ds_config=ds_config)
     assert whole.wait() == 0, whole.text
-    training = bench.start("killed-2", *LONG, run=("torchrun", 2))
+    training = bench.start(f"killed-{name}", *LONG, run=run, ds_config=ds_config)
     training.until_step(30)
     training.kill()
     assert [path.name for path in checkpoints(training.out)] == ["step_00000020"]
-    training = bench.start("killed-2", *LONG, run=("torchrun", 2))
+    training = bench.start(f"killed-{name}", *LONG, run=run, ds_config=ds_config)
     assert training.wait() == 0, training.text
     assert_same_end(training.out, whole.out)
     assert sorted(Path("/dev/shm").glob("*deepspeed*")) == shared_memory, "nothing is left in memory by a kill"

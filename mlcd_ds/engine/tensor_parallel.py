@@ -1,0 +1,51 @@
+"""How a ViT's layers are split over a tensor-parallel group (Megatron-LM, arXiv 1909.08053, section 3).
+
+Of a pair of layers the first is split by its outputs, the second by its inputs: query, key, value and the MLP's first
+by rows of their weights, the attention's output and the MLP's second by columns. A pair costs one all-reduce [B, T, D]
+in each direction. Everything else is whole on every rank. DeepSpeed's AutoTP does the splitting.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlcd_ds.distributed.collectives import Group
+
+SPLIT_BY_OUTPUT = ("q_proj", "k_proj", "v_proj", "fc1")
+SPLIT_BY_INPUT = ("out_proj", "fc2")
+
+
+def autotp_section(size: int) -> dict[str, Any]:
+    """DeepSpeed's `tensor_parallel` section for a `ViT`."""
+
+    def spec(layers: tuple[str, ...], kind: str) -> dict[str, Any]:
+        return {"patterns": [rf".*\.({'|'.join(layers)})\.weight$"], "partition_type": kind}
+
+    specs = [spec(SPLIT_BY_OUTPUT, "column"), spec(SPLIT_BY_INPUT, "row")]
+    return {"autotp_size": size, "partition_config": {"use_default_specs": False, "layer_specs": specs}}
+
+
+def split_dim(name: str) -> int | None:
+    """The dimension in which a parameter is split, None where every rank has all of it."""
+    layer, kind = name.split(".")[-2:] if "." in name else ("", name)
+    if layer in SPLIT_BY_OUTPUT:
+        return 0
+    return 1 if layer in SPLIT_BY_INPUT and kind == "weight" else None
+
+
+def whole_weights(weights: dict[str, Tensor], group: Group | None) -> dict[str, Tensor]:
+    """Put the parts of a tensor-parallel group together. Collective: an all-gather a split parameter."""
+    if group is None:
+        return weights
+    whole = {}
+    for name, part in weights.items():
+        dim = split_dim(name)
+        if dim is None:
+            whole[name] = part
+            continue
+        parts = group.all_gather(part[None].contiguous())
+        whole[name] = torch.cat(list(parts), dim=dim)
+    return whole

@@ -1,0 +1,144 @@
+"""Every layout trains alike: ZeRO stages, tensor-parallel groups, ranks, accumulation, against one process.
+
+Five steps of the whole trainer (loader, backbone in the engine, head, both optimizers) in each; the ranks of a world
+are started once and go through all layouts of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_harness import TinyData, assert_close, assert_differs, run_ranks
+from torch import Tensor
+from training_runs import tiny_recipe
+
+from mlcd_ds.config import Recipe, parse_recipe
+from mlcd_ds.data.label_store import LabelStore
+from mlcd_ds.data.shard_index import ShardIndex
+from mlcd_ds.distributed.collectives import Group
+from mlcd_ds.distributed.deepspeed import full_fp32_parameters, read_ds_config
+from mlcd_ds.engine.layout import Layout, check_layout, plan_batches
+from mlcd_ds.engine.tensor_parallel import whole_weights
+from mlcd_ds.engine.trainer import Trainer
+from mlcd_ds.errors import UserError
+from mlcd_ds.train import read_layout, resolve_ds_config
+
+NUM_STEPS = 5
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+WORLDS = ((1, 1), (2, 1), (4, 1), (2, 2), (4, 2))  # ranks, ranks of a tensor-parallel group
+STAGES, ACCUMULATIONS = (0, 1, 2, 3), (1, 2)
+# Measured over all layouts, relative to the largest entry: losses and norms 4e-7, weights 6e-6 (a moment's rounding
+# over its root).
+CURVE_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 3e-5
+BF16_TOLERANCE = 5e-2  # against fp32; measured 2.5e-2
+
+
+def make_recipe(data: TinyData, num_micro_batches: int, data_parallel: int, **train: object) -> Recipe:
+    content = tiny_recipe(data.index, data.labels)
+    content["data"]["num_streams"] = 4
+    content["train"] |= {"micro_batch_per_rank": 24 // data_parallel // num_micro_batches, **train}
+    return parse_recipe(content, "test")
+
+
+def make_trainer(recipe: Recipe, layout: Layout, group: Group, config: dict[str, Any]) -> Trainer:
+    index = ShardIndex(recipe.data.index)
+    plan = plan_batches(recipe, layout, group.rank)
+    ds_config = resolve_ds_config(config, Path("none"), recipe, layout, plan)
+    device = torch.device("cpu")
+    return Trainer(recipe, ds_config, layout, index, LabelStore(recipe.data.labels, index), group, device)
+
+
+def train(
+    recipe: Recipe, layout: Layout, group: Group, config: dict[str, Any] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """fp64 [steps, 3]: loss, gradient norms of backbone and head; the backbone's weights after them."""
+    trainer = make_trainer(recipe, layout, group, config or {})
+    batches, curve = trainer.loader.batches(0), []
+    for step in range(NUM_STEPS):
+        result = trainer.step(step, batches)
+        curve.append([float(result.loss), float(result.backbone_grad_norm), float(result.head_grad_norm)])
+    batches.close()
+    trainer.loader.close()
+    weights = whole_weights(full_fp32_parameters(trainer.engine), trainer.head.groups.tensor)
+    trainer.engine.destroy()
+    return torch.tensor(curve, dtype=torch.float64), weights
+
+
+def train_all(group: Group, data: TinyData, tensor_parallel: int) -> dict:
+    """Every stage and accumulation, in bf16 too, and on two ranks the files in ds_configs/."""
+    os.environ.update(RANK=str(group.rank), WORLD_SIZE=str(group.size), LOCAL_RANK=str(group.rank))
+    results = {}
+    for stage in STAGES:
+        layout = Layout(group.size, tensor_parallel, stage)
+        for accumulation in ACCUMULATIONS:
+            recipe = make_recipe(data, accumulation, layout.data_parallel)
+            results[stage, accumulation, "fp32"] = train(recipe, layout, group)
+        recipe = make_recipe(data, 1, layout.data_parallel, precision="bf16", recompute="block")
+        results[stage, 1, "bf16"] = train(recipe, layout, group)
+    for path in sorted(DS_CONFIGS.glob("*.json")) if group.size == 2 else ():
+        config = read_ds_config(path)
+        layout = read_layout(config, path, group.size)
+        if layout.tensor_parallel == tensor_parallel and "fp16" not in config:  # DeepSpeed has no fp16 on CPUs
+            precision = "fp32" if "fp32" in path.name else "bf16"
+            recipe = make_recipe(data, 1, layout.data_parallel, precision=precision)
+            results[path.name, 1, precision] = train(recipe, layout, group, config)
+    return results
+
+
+@functools.cache
+def trained(num_ranks: int, tensor_parallel: int, data: TinyData) -> list[dict]:
+    return run_ranks(train_all, num_ranks, data, tensor_parallel, timeout_s=400)
+
+
+@pytest.mark.parametrize(("num_ranks", "tensor_parallel"), WORLDS)
+def test_a_layout_trains_as_one_process(tiny_data: TinyData, num_ranks: int, tensor_parallel: int) -> None:
+    expected_curve, expected_weights = trained(1, 1, tiny_data)[0][0, 1, "fp32"]
+    for rank, results in enumerate(trained(num_ranks, tensor_parallel, tiny_data)):
+        for (stage, accumulation, precision), (curve, weights) in results.items():
+            what = f"rank {rank}, ZeRO {stage}, {accumulation} micro-batches, {precision}"
+            is_exact = precision == "fp32"
+            if (num_ranks, stage, accumulation, is_exact) != (1, 0, 1, True):
+                for column, name in enumerate(("loss", "backbone norm", "head norm")):
+                    tolerance = CURVE_TOLERANCE if is_exact else BF16_TOLERANCE
+                    assert_close(f"{what}: {name}", curve[:, column], expected_curve[:, column], tolerance)
+                for name, expected in expected_weights.items():
+                    if is_exact and not name.endswith("k_proj.bias"):  # no gradient there but rounding
+                        assert_close(f"{what}: {name}", weights[name], expected, WEIGHT_TOLERANCE)
+
+
+def test_every_file_of_ours_has_run(tiny_data: TinyData) -> None:
+    ran = {name for size in (1, 2) for name, *_ in trained(2, size, tiny_data)[0] if isinstance(name, str)}
+    assert {path.name for path in DS_CONFIGS.glob("*.json")} - ran == {"zero1_fp16.json"}
+
+
+def test_another_batch_is_told_apart(tiny_data: TinyData) -> None:
+    """The known-bad twin: what a rank would see that took another's images, or a norm over one shard alone."""
+    curve = trained(1, 1, tiny_data)[0][0, 1, "fp32"][0]
+    assert_differs("steps in another order", curve[:, 0], curve.flip(0)[:, 0].clone(), CURVE_TOLERANCE)
+    assert_differs("averaged twice", curve[:, 1], curve[:, 1] / 2, BF16_TOLERANCE)
+
+
+def refusal(data: TinyData, layout: Layout, **train: object) -> str:
+    with pytest.raises(UserError) as error:
+        check_layout(make_recipe(data, 1, 1, **train), layout)
+    return str(error.value)
+
+
+def test_what_cannot_be_is_refused_with_its_numbers(tiny_data: TinyData) -> None:
+    assert "tensor parallel size 2 does not divide the 3 ranks" in refusal(tiny_data, Layout(3, 2))
+    assert "tensor parallel size 4 does not divide model.heads 2" in refusal(tiny_data, Layout(4, 4))
+    assert "train.compile is not for tensor-parallel groups" in refusal(tiny_data, Layout(2, 2), compile=True)
+    recipe = make_recipe(tiny_data, 1, 1)
+    with pytest.raises(UserError, match=r"data.num_streams 4 .* 3 data-parallel ranks"):
+        plan_batches(recipe, Layout(6, 2), 0)
+    assert [plan_batches(make_recipe(tiny_data, 1, 2), Layout(4, 2), rank).streams for rank in range(4)] == [
+        (0, 1),
+        (0, 1),
+        (2, 3),
+        (2, 3),
+    ]
