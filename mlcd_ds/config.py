@@ -7,6 +7,7 @@ beside the component.
 from __future__ import annotations
 
 import difflib
+import typing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,11 @@ class DataConfig(Frozen):
 class OptimizerConfig(Frozen):
     """AdamW for the backbone; its numbers and its schedule also for the head."""
 
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: orthogonalised momentum for the blocks' matrices, AdamW for the rest; not clipped"
+    )
+    muon_lr_scale: float = Field(20.0, gt=0, description="factor on lr for Muon's matrices")
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="of Muon")
     lr: float = Field(gt=0, description="peak learning rate")
     weight_decay: float = Field(0.2, ge=0, description="on matrices only (paper: 0.2)")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay rates (not published)")
@@ -54,6 +60,14 @@ class OptimizerConfig(Frozen):
     head_lr_scale: float = Field(1.0, gt=0, description="factor on lr for the head")
 
 
+class PhaseConfig(Frozen):
+    """A first part of a run with other images. What is null is as in the rest of the run."""
+
+    until: int = Field(ge=1, description="the phase ends after this many steps of the run")
+    image_size: int | None = Field(None, ge=1, description="pixels; model.image_size comes after the last phase")
+    token_drop: float | None = Field(None, ge=0, lt=1, description="part of the patches left out")
+
+
 class TrainConfig(Frozen):
     """Length, batch, precision and book-keeping of a run."""
 
@@ -66,6 +80,7 @@ class TrainConfig(Frozen):
     micro_batch_per_rank: int | None = Field(None, ge=1, description="images a forward pass; null: all of a rank")
     drop_path: float = Field(0.0, ge=0, lt=1, description="chance that an image skips a branch of the last block")
     token_drop: float = Field(0.0, ge=0, lt=1, description="part of an image's patches left out, drawn each time")
+    phases: tuple[PhaseConfig, ...] = Field((), description="what comes before the settings above: low resolution, say")
     recompute: Literal["none", "mlp", "block"] = Field(
         "none", description="activation checkpointing: of each block's MLP branch, or of each whole block"
     )
@@ -104,6 +119,17 @@ class Recipe(Frozen):
                 "head.sampling partial_fc draws around the labels of a whole batch, which micro-batches cut: set "
                 "train.micro_batch_per_rank=null or head.sampling=uniform"
             )
+        ends = [0, *(phase.until for phase in self.train.phases), self.train.steps]
+        if ends != sorted(set(ends)):
+            raise ValueError(
+                f"train.phases end after {ends[1:-1]} steps: these must rise, and stay below train.steps {ends[-1]}"
+            )
+        for phase in self.train.phases:
+            if phase.image_size and phase.image_size % self.model.patch_size:
+                raise ValueError(
+                    f"train.phases has image_size {phase.image_size}, no multiple of model.patch_size "
+                    f"{self.model.patch_size}: take one"
+                )
         if self.optimizer.cooldown_steps and self.optimizer.schedule == "cosine":
             raise ValueError("optimizer.cooldown_steps is for optimizer.schedule=constant: set that, or leave it out")
         if self.optimizer.warmup_steps + self.optimizer.cooldown_steps > self.train.steps:
@@ -163,7 +189,8 @@ def unknown_key_hint(location: tuple[int | str, ...]) -> str:
     """Name the known keys nearest to an unknown one."""
     model: Any = Recipe
     for part in location[:-1]:
-        model = model.model_fields[part].annotation
+        # A number is a place in a tuple of models.
+        model = typing.get_args(model)[0] if isinstance(part, int) else model.model_fields[part].annotation
     near = difflib.get_close_matches(str(location[-1]), model.model_fields, n=3)
     return f" Did you mean {' or '.join(near)}?" if near else f" Known keys: {', '.join(model.model_fields)}."
 

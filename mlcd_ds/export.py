@@ -22,6 +22,7 @@ from safetensors.torch import save
 from mlcd_ds import stage
 from mlcd_ds.data.dali import CLIP_MEAN, CLIP_STD
 from mlcd_ds.engine.weights import BACKBONE_NAME, load_backbone, newest_checkpoint, read_checkpoint
+from mlcd_ds.errors import UserError
 from mlcd_ds.manifest import Manifest, library_versions, sha256_of, write_atomic, write_json, write_manifest
 from mlcd_ds.models.convert import to_vision_model, vision_config
 from mlcd_ds.models.open_clip import open_clip_config, to_open_clip
@@ -64,6 +65,11 @@ def run(options: Options, context: stage.Context) -> None:
     folder = newest_checkpoint(options.run)
     model = load_backbone(folder)
     checkpoint = read_checkpoint(folder)
+    if model.config.num_registers:
+        raise UserError(
+            f"{folder}: the model has {model.config.num_registers} registers, which Hugging Face's CLIP and MLCD and "
+            f"open_clip do not know: evaluate it with --model {options.run}, or train with model.num_registers=0."
+        )
     wanted = ExportManifest(
         stage="export",
         parameters={"step": checkpoint.step},

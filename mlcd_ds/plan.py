@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:  # run by path: this folder's names must not shadow top-level packages
@@ -20,12 +19,15 @@ if __name__ == "__main__" and not __package__:  # run by path: this folder's nam
 
 from mlcd_ds import stage
 from mlcd_ds.config import Recipe, load_recipe, recipe_names, with_precision
+from mlcd_ds.engine.hardware import GPUS, Gpu
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.memory import activation_bytes, state_bytes
+from mlcd_ds.engine.phases import phases
 from mlcd_ds.heads.class_shards import class_range
 from mlcd_ds.heads.memory import head_memory
 from mlcd_ds.heads.sampling import num_sampled
 from mlcd_ds.models.layers import Recompute
+from mlcd_ds.models.noise import num_kept
 from mlcd_ds.models.vit import flops_per_image
 
 GIB = 2**30
@@ -33,38 +35,32 @@ RUNTIME_GIB = 2.0  # CUDA's and NCCL's own, and what the allocator cannot use: a
 RECOMPUTES: tuple[Recompute, ...] = ("none", "mlp", "block")
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Memory in GiB, dense bf16 peak in TFLOP/s (vendor's sheets), and the share of it that a good run reaches."""
-
-    memory_gib: float
-    peak_tflops: float
-    usual_mfu: float
-
-
-GPUS = {
-    "a100-40gb": Gpu(40, 312, 0.45),
-    "a100-80gb": Gpu(80, 312, 0.45),
-    "h100": Gpu(80, 989, 0.40),
-    "h200": Gpu(141, 989, 0.40),
-}
-
-
 def training_flops(recipe: Recipe, recompute: Recompute) -> float:
-    """Operations of one image's forward, backward (twice the forward) and recomputation."""
-    config = recipe.model
-    kept = (1 + round(config.num_patches * (1 - recipe.train.token_drop))) / (1 + config.num_patches)
-    tokens = config.num_patches + 1
-    mlp = 4 * tokens * config.width * config.mlp_width * config.depth * kept
-    forward = flops_per_image(config) * kept
-    return 3 * forward + {"none": 0.0, "mlp": mlp, "block": forward}[recompute]
+    """Operations of one image's forward, backward (twice the forward) and recomputation; the mean over the phases."""
+    config, total = recipe.model, 0.0
+    for phase in phases(recipe):
+        forward = flops_per_image(config, phase.image_size, phase.token_drop)
+        num_patches = (phase.image_size // config.patch_size) ** 2
+        tokens = num_kept(num_patches, phase.token_drop, config.num_other_tokens) + config.num_other_tokens
+        mlp = 4 * tokens * config.width * config.mlp_width * config.depth
+        again = {"none": 0, "mlp": mlp, "block": forward}[recompute]
+        total += (3 * forward + again) * (phase.end - phase.begin)
+    return total / recipe.train.steps
 
 
 def memory_gib(recipe: Recipe, layout: Layout, num_centers: int, micro_batch: int, recompute: Recompute) -> dict:
     """GiB on one GPU, by what takes it."""
     train = recipe.train
     parts = {f"backbone: {k}": v for k, v in state_bytes(recipe.model, train.precision, layout).items()}
-    activations = activation_bytes(recipe.model, train.precision, recompute, train.token_drop)
+    activations = max(
+        activation_bytes(
+            recipe.model.model_copy(update={"image_size": phase.image_size}),
+            train.precision,
+            recompute,
+            phase.token_drop,
+        )
+        for phase in phases(recipe)
+    )
     parts["backbone: activations"] = activations * micro_batch // layout.tensor_parallel
     shards = recipe.head.parallel_size or layout.num_ranks
     # A micro-batch's images of all ranks that share the classes.

@@ -114,7 +114,11 @@ def resolve_ds_config(config: dict, path: Path, recipe: Recipe, layout: Layout, 
         "train_batch_size": (recipe.train.global_batch, "train.global_batch in the recipe"),
         "train_micro_batch_size_per_gpu": (plan.micro_batch, "train.micro_batch_per_rank in the recipe"),
         "gradient_accumulation_steps": (plan.num_micro_batches, "train.global_batch over ranks and micro-batch"),
-        "gradient_clipping": (recipe.optimizer.clip_norm, "optimizer.clip_norm in the recipe"),
+        # Muon's orthogonalised update would be clipped in place of its gradient.
+        "gradient_clipping": (
+            0.0 if recipe.optimizer.name == "muon" else recipe.optimizer.clip_norm,
+            "optimizer.clip_norm in the recipe (0 with muon)",
+        ),
         "bf16.enabled": (precision == "bf16" and not is_autocast, source),
         "fp16.enabled": (precision == "fp16", source),
     }

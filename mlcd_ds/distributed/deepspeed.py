@@ -126,6 +126,17 @@ def tensor_parallel_size(config: dict[str, Any], path: Path) -> int:
     return size
 
 
+def muon_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """DeepSpeed's Muon over groups with a `use_muon` flag, AdamW where it is False; tags the parameters, too."""
+    choose_accelerator()
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.use_muon = group["use_muon"]
+    return MuonWithAuxAdam(groups)
+
+
 def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
     """Wrap the backbone. The process group is up already; the head stays outside (see docs/design.md)."""
     choose_accelerator()

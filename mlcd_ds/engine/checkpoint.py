@@ -153,8 +153,8 @@ class Checkpointer:
             )
         if self._layout.tensor_parallel != manifest.tensor_parallel:
             raise UserError(
-                f"{folder} was saved by tensor-parallel groups of {manifest.tensor_parallel}, tensor_parallel.autotp_size "
-                f"is {self._layout.tensor_parallel}."
+                f"{folder} was saved by tensor-parallel groups of {manifest.tensor_parallel}, "
+                f"tensor_parallel.autotp_size is {self._layout.tensor_parallel}."
             )
         if self._group.size != manifest.num_ranks:
             raise UserError(

@@ -39,6 +39,11 @@ def check_layout(recipe: Recipe, layout: Layout) -> None:
     for key, value in (("heads", model.heads), ("mlp_width", model.mlp_width)):
         if value % size:
             raise UserError(f"tensor parallel size {size} does not divide model.{key} {value}: take a size that does.")
+    if recipe.optimizer.name == "muon" and (size > 1 or layout.zero_stage == 3):
+        raise UserError(
+            f"optimizer.name muon needs whole matrices: ZeRO stage {layout.zero_stage} and tensor parallel size {size} "
+            "cut them. Take stage 0, 1 or 2 without tensor parallelism."
+        )
     if size > 1 and recipe.train.compile:
         raise UserError("train.compile is not for tensor-parallel groups: DeepSpeed replaces the layers. Set it false.")
 

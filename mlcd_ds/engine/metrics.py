@@ -1,8 +1,8 @@
 """What a run tells: scalars as JSON lines and TensorBoard, and pages that show the data once.
 
-TensorBoard pages: loss (the loss and its two terms), optimizer (learning rate, gradient norms), speed (images/s, share
-of time spent waiting for data), memory; text: the resolved configuration; images: samples of some clusters; histogram:
-cluster sizes.
+TensorBoard pages: loss (the loss and its two terms), optimizer (learning rate, gradient norms), speed (images/s,
+TFLOP/s of a rank in the backbone's matmuls, MFU on known GPUs, share of time spent waiting for data), memory; text: the
+resolved configuration; images: samples of some clusters; histogram: cluster sizes.
 """
 
 from __future__ import annotations

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from mlcd_ds.config import OptimizerConfig
+from mlcd_ds.distributed.deepspeed import muon_optimizer
 from mlcd_ds.heads.partial_fc import PartialFCHead
 from mlcd_ds.heads.row_optimizer import AdamWRule, RowOptimizer, RowRule, SGDRule
 from mlcd_ds.models.vit import ViT
 
-WITHOUT_DECAY = ("position_embedding", "class_pos_emb")  # of two dimensions, and no matrices for all that
+# Of two dimensions, and no matrices for all that.
+WITHOUT_DECAY = ("position_embedding", "class_pos_emb", "register_embedding")
 
 
-def backbone_optimizer(model: ViT, config: OptimizerConfig) -> torch.optim.AdamW:
+def backbone_optimizer(model: ViT, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW with decay on matrices, none on vectors (norms, biases, class token) and positions; by depth with
-    `layer_decay`, as `lr_scale` of the groups."""
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    `layer_decay`, as `lr_scale` of the groups. With "muon" the blocks' matrices are Muon's."""
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2 and not any(part in name for part in WITHOUT_DECAY)
+        is_muon = config.name == "muon" and is_matrix and name.startswith("encoder.layers.")
         scale = config.layer_decay ** (model.config.depth + 1 - _layer(name, model.config.depth))
-        groups.setdefault((is_matrix, scale), []).append(parameter)
-    described = [
-        {"params": parameters, "weight_decay": config.weight_decay if is_matrix else 0.0, "lr_scale": scale}
-        for (is_matrix, scale), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
-    ]
-    return torch.optim.AdamW(described, lr=config.lr, betas=config.betas, eps=config.eps)
+        groups.setdefault((is_muon, is_matrix, scale), []).append(parameter)
+    described: list[dict[str, Any]] = []
+    for (is_muon, is_matrix, scale), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True):
+        group: dict[str, Any] = {"params": parameters, "lr": config.lr, "lr_scale": scale}
+        group["weight_decay"] = config.weight_decay if is_matrix else 0.0
+        if is_muon:
+            group |= {"lr_scale": scale * config.muon_lr_scale, "momentum": config.muon_momentum}
+            group["weight_decay"] /= config.muon_lr_scale  # decay is a factor on the rate, and is to stay as it was
+        else:
+            group |= {"betas": config.betas, "eps": config.eps}
+        described.append(group)
+    if config.name == "muon":
+        return muon_optimizer([group | {"use_muon": "momentum" in group} for group in described])
+    return torch.optim.AdamW(described)
 
 
 def _layer(name: str, depth: int) -> int:

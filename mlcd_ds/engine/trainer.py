@@ -28,9 +28,11 @@ from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.deepspeed import initialize_engine, step_engine
 from mlcd_ds.engine.checkpoint import Checkpointer
+from mlcd_ds.engine.hardware import peak_tflops
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.metrics import RunLog, log_data_pages, peak_memory_mb
 from mlcd_ds.engine.optimizer import backbone_optimizer, head_optimizer, set_learning_rate
+from mlcd_ds.engine.phases import phase_at, phases
 from mlcd_ds.engine.schedule import learning_rate
 from mlcd_ds.engine.stopping import StopRequest
 from mlcd_ds.engine.weights import checkpoint_folders, load_released
@@ -38,7 +40,7 @@ from mlcd_ds.errors import UserError
 from mlcd_ds.heads.groups import make_head_groups
 from mlcd_ds.heads.partial_fc import PartialFCHead, attach_gradient
 from mlcd_ds.models.noise import TrainingNoise
-from mlcd_ds.models.vit import ViT
+from mlcd_ds.models.vit import ViT, flops_per_image
 from mlcd_ds.objectives.class_losses import ClassLoss
 
 logger = logging.getLogger("mlcd_ds")  # rank 0's alone speaks (stage.py)
@@ -99,16 +101,7 @@ class Trainer:
         )
         self.head.init_weights(None if recipe.head.init == "normal" else self._own_centers(recipe.data.clusters))
         self.head_optimizer = head_optimizer(self.head, recipe.optimizer)
-        self.loader = TrainLoader(
-            index,
-            labels,
-            SampleOrder(index.counts, recipe.data.num_streams, recipe.data.shuffle_window, seed),
-            self.plan,
-            clip_pixels(recipe.model.image_size),
-            recipe.data.augment,
-            device,
-            recipe.data.num_threads,
-        )
+        self.wait_s = 0.0  # for data, since the last entry of the log
         self.checkpointer = Checkpointer(
             recipe,
             layout,
@@ -127,17 +120,39 @@ class Trainer:
         classes = self.head.classes
         return torch.from_numpy(store.centers_CE[classes.begin : classes.end].copy())
 
+    def batches(self, first: int) -> Iterator[LabelledBatch]:
+        """Micro-batches of the steps from `first` to the last, each phase at its resolution."""
+        data, train = self.recipe.data, self.recipe.train
+        order = SampleOrder(self.index.counts, data.num_streams, data.shuffle_window, train.seed)
+        for phase in phases(self.recipe):
+            begin, pixels = max(first, phase.begin), clip_pixels(phase.image_size)
+            if begin >= phase.end:
+                continue
+            loader = TrainLoader(
+                self.index, self.labels, order, self.plan, pixels, data.augment, self.device, data.num_threads
+            )
+            batches = loader.batches(begin)
+            try:
+                for _ in range((phase.end - begin) * self.plan.num_micro_batches):
+                    batch = next(batches)
+                    self.wait_s, loader.wait_s = self.wait_s + loader.wait_s, 0.0
+                    yield batch
+            finally:
+                batches.close()
+                loader.close()
+
     def step(self, step: int, batches: Iterator[LabelledBatch]) -> StepResult:
         """One optimizer step over the global batch."""
         config = self.recipe.optimizer
         lr = learning_rate(step, self.recipe.train.steps, config)
         set_learning_rate(self.engine.optimizer, lr)
+        token_drop = phase_at(self.recipe, step).token_drop
         self.head.resample(step)
         num_micro_batches = self.plan.num_micro_batches
         outputs = []
         for _ in range(num_micro_batches):
             batch = next(batches)
-            noise = TrainingNoise(batch.keys_B, self.recipe.train.drop_path, self.recipe.train.token_drop)
+            noise = TrainingNoise(batch.keys_B, self.recipe.train.drop_path, token_drop)
             emb_BE = F.normalize(self.engine(batch.images_B3SS.to(self.dtype), noise).float(), dim=1)
             output = self.head(emb_BE, batch.labels_BP, weight=1 / num_micro_batches)
             self.engine.backward(attach_gradient(emb_BE, output, self.layout.data_parallel))
@@ -153,7 +168,7 @@ class Trainer:
         train = self.recipe.train
         first = self.checkpointer.resume()
         log = self._open_log(first)
-        batches = self.loader.batches(first)
+        batches = self.batches(first)
         quiet = not (self.group.is_main and sys.stderr.isatty())
         bar = tqdm(
             range(first, train.steps), initial=first, total=train.steps, unit="step", desc="train", disable=quiet
@@ -179,7 +194,6 @@ class Trainer:
         finally:
             bar.close()
             batches.close()
-            self.loader.close()
             if log:
                 log.close()
 
@@ -203,10 +217,14 @@ class Trainer:
     def _log(
         self, log: RunLog | None, bar: tqdm, done: int, result: StepResult, seconds: float, num_steps: int
     ) -> None:
-        waited, self.loader.wait_s = self.loader.wait_s, 0.0
+        waited, self.wait_s = self.wait_s, 0.0
         if log is None:
             return
-        loss = float(result.loss)
+        loss, phase = float(result.loss), phase_at(self.recipe, done - 1)
+        images_per_s = num_steps * self.recipe.train.global_batch / seconds
+        flops = 3 * flops_per_image(self.recipe.model, phase.image_size, phase.token_drop)
+        tflops = images_per_s * flops / self.group.size / 1e12
+        peak = peak_tflops(self.device)
         log.scalars(
             done,
             {
@@ -215,7 +233,9 @@ class Trainer:
                 "optimizer/lr": result.lr,
                 "optimizer/grad_norm_backbone": float(result.backbone_grad_norm or 0.0),
                 "optimizer/grad_norm_head": float(result.head_grad_norm),
-                "speed/images_per_s": num_steps * self.recipe.train.global_batch / seconds,
+                "speed/images_per_s": images_per_s,
+                "speed/tflops_per_rank": tflops,
+                **({"speed/mfu": tflops / peak} if peak else {}),
                 "speed/data_wait_share": waited / seconds,
                 "memory/peak_mb": peak_memory_mb(self.device),
                 "progress/epoch": done * self.recipe.train.global_batch / self.index.num_images,

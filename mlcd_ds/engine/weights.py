@@ -96,7 +96,7 @@ def load_released(folder: Path, model: ViT) -> list[str]:
         config, state = from_vision_model(load_file(folder / "model.safetensors"), released)
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"train.init_from {folder} cannot be read: {error}") from None
-    own = ("image_size", "embed_dim")
+    own = ("image_size", "embed_dim", "num_registers")
     for key, value in model.config.model_dump(exclude=set(own)).items():
         if getattr(config, key) != value:
             raise UserError(f"train.init_from {folder} has {key} {getattr(config, key)}, model.{key} is {value}.")
@@ -109,6 +109,8 @@ def load_released(folder: Path, model: ViT) -> list[str]:
         weight = load_file(projection)["projection.weight"]
         if weight.shape == target["projection.weight"].shape:
             state["projection.weight"] = weight
+    if model.config.num_registers:
+        notes.append("the registers start at random")
     if "projection.weight" not in state:
         notes.append("the projection starts at random")
     model.load_state_dict(state, strict=False)

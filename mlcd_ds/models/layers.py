@@ -2,7 +2,7 @@
 
 No layer draws a random number when it is built: `init_weights` does, from the generator that it is given.
 
-Shapes: B images, C colour channels (3), N patches, T = N + 1 tokens, D width, H heads, K head dim.
+Shapes: B images, C colour channels (3), N patches, R registers, T = 1 + R + N tokens, D width, H heads, K head dim.
 """
 
 import math
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mlcd_ds.models.positions import resize_positions
 from mlcd_ds.models.rope import Rotation
 
 Activation = Literal["quick_gelu", "gelu"]
@@ -81,7 +82,7 @@ class PatchEmbedding(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """One learned vector a token position, added to the tokens."""
+    """One learned vector a token position, added to the tokens; resized where there are more or fewer patches."""
 
     def __init__(self, num_tokens: int, width: int) -> None:
         super().__init__()
@@ -89,22 +90,30 @@ class PositionEmbedding(nn.Module):
 
     def forward(self, tokens_BTD: Tensor) -> Tensor:
         """Return tokens plus positions, [B, T, D]."""
-        return tokens_BTD + self.weight
+        return tokens_BTD + resize_positions(self.weight, tokens_BTD.shape[1] - 1)
 
 
 class Embeddings(nn.Module):
-    """Images to tokens: patches, a class token in front, learned positions (none with rotary ones)."""
+    """Images to tokens: a class token in front, registers, patches; learned positions (none with rotary ones).
 
-    def __init__(self, patch_size: int, num_patches: int, width: int, *, has_positions: bool = True) -> None:
+    Registers (arXiv 2309.16588) are learned tokens without a place: the model can keep there what is of no patch.
+    """
+
+    def __init__(
+        self, patch_size: int, num_patches: int, width: int, *, num_registers: int = 0, has_positions: bool = True
+    ) -> None:
         super().__init__()
         self.class_embedding = nn.Parameter(torch.empty(width))
+        self.register_embedding = nn.Parameter(torch.empty(num_registers, width)) if num_registers else None
         self.patch_embedding = PatchEmbedding(patch_size, width)
         self.position_embedding = PositionEmbedding(num_patches + 1, width) if has_positions else None
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Class token and positions from N(0, 1 / width)."""
+        """Class token, registers and positions from N(0, 1 / width)."""
         std = self.class_embedding.numel() ** -0.5
         normal_init(self.class_embedding, std, generator)
+        if self.register_embedding is not None:
+            normal_init(self.register_embedding, std, generator)
         self.patch_embedding.init_weights(generator)
         if self.position_embedding is not None:
             normal_init(self.position_embedding.weight, std, generator)
@@ -116,10 +125,15 @@ class Embeddings(nn.Module):
         tokens_BTD = torch.cat([class_B1D, patches_BND], dim=1)
         if self.position_embedding is not None:
             tokens_BTD = self.position_embedding(tokens_BTD)
-        if kept_BK is None:
+        class_B1D, patches_BND = tokens_BTD[:, :1], tokens_BTD[:, 1:]
+        if kept_BK is not None:
+            patches_BND = patches_BND.gather(1, kept_BK[:, :, None].expand(-1, -1, tokens_BTD.shape[2]))
+        elif self.register_embedding is None:
             return tokens_BTD
-        kept_BKD = tokens_BTD[:, 1:].gather(1, kept_BK[:, :, None].expand(-1, -1, tokens_BTD.shape[2]))
-        return torch.cat([tokens_BTD[:, :1], kept_BKD], dim=1)
+        if self.register_embedding is None:
+            return torch.cat([class_B1D, patches_BND], dim=1)
+        registers_BRD = self.register_embedding.to(tokens_BTD.dtype).expand(len(tokens_BTD), -1, -1)
+        return torch.cat([class_B1D, registers_BRD, patches_BND], dim=1)
 
 
 def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
+TOKEN_MULTIPLE = 8
 
 
 def uniforms(keys_B: Tensor, stream: int, count: int) -> Tensor:
@@ -56,9 +57,21 @@ class TrainingNoise:
         stays_BL2 = uniforms(self.keys_B, 0, 2 * depth).view(-1, depth, 2) >= rates_L1
         return stays_BL2 / (1 - rates_L1)
 
-    def kept_patches(self, num_patches: int) -> Tensor | None:
-        """Sorted indices [B, K] of the patches that stay, K the same for each image. None without token dropping."""
+    def kept_patches(self, num_patches: int, num_other: int = 1) -> Tensor | None:
+        """Sorted indices [B, K] of the patches that stay, K the same for each image. None without token dropping.
+
+        `num_other`: tokens that are not patches, of which none is dropped.
+        """
         if not self.token_drop:
             return None
-        num_kept = max(1, round(num_patches * (1 - self.token_drop)))
-        return uniforms(self.keys_B, 1, num_patches).argsort(dim=1)[:, :num_kept].sort(dim=1).values
+        kept = num_kept(num_patches, self.token_drop, num_other)
+        return uniforms(self.keys_B, 1, num_patches).argsort(dim=1)[:, :kept].sort(dim=1).values
+
+
+def num_kept(num_patches: int, token_drop: float, num_other: int = 1) -> int:
+    """How many patches stay: all tokens together are a multiple of 8, as kernels like it, where that is near enough."""
+    kept = max(1, round(num_patches * (1 - token_drop)))
+    if not token_drop or kept + num_other < 2 * TOKEN_MULTIPLE:
+        return kept
+    suited = round((kept + num_other) / TOKEN_MULTIPLE) * TOKEN_MULTIPLE - num_other
+    return suited if suited <= num_patches else suited - TOKEN_MULTIPLE

@@ -30,27 +30,27 @@ class Rotation:
 
 
 class AxialRotary(nn.Module):
-    """The angles of a square grid of patches, and the class token's own."""
+    """The angles of a square grid of patches, and the class token's own. Registers are not turned."""
 
-    def __init__(self, grid: int, head_dim: int) -> None:
+    def __init__(self, head_dim: int, num_registers: int = 0) -> None:
         super().__init__()
-        self.grid, self.head_dim = grid, head_dim
+        self.head_dim, self.num_registers = head_dim, num_registers
         self.class_pos_emb = nn.Parameter(torch.empty(1, head_dim // 2))
 
-    def forward(self, kept_BK: Tensor | None = None) -> Rotation:
-        """The rotation of all tokens, or of the class token and the patches `kept_BK` of each image."""
+    def forward(self, grid: int, kept_BK: Tensor | None = None) -> Rotation:
+        """The rotation of all tokens of `grid` x `grid` patches, or of these with the patches `kept_BK` alone."""
         device = self.class_pos_emb.device
         quarter = self.head_dim // 4
         exponents = torch.arange(quarter, device=device, dtype=torch.float32) / quarter
-        places = torch.arange(self.grid, device=device, dtype=torch.float32)
+        places = torch.arange(grid, device=device, dtype=torch.float32)
         angles_GQ = torch.outer(places, THETA**-exponents)
-        rows, columns = angles_GQ.repeat_interleave(self.grid, 0), angles_GQ.repeat(self.grid, 1)
+        rows, columns = angles_GQ.repeat_interleave(grid, 0), angles_GQ.repeat(grid, 1)
         patches = torch.cat([rows, columns], dim=1)  # [N, K / 2]
         own = self.class_pos_emb if self.class_pos_emb.dtype == torch.float64 else self.class_pos_emb.float()
+        first = torch.cat([own, own.new_zeros(self.num_registers, own.shape[1])])
         if kept_BK is None:
-            angles = torch.cat([own, patches.to(own.dtype)])
+            angles = torch.cat([first, patches.to(own.dtype)])
         else:
-            own_B1 = own.expand(len(kept_BK), 1, -1)
-            angles = torch.cat([own_B1, patches.to(own.dtype)[kept_BK]], dim=1)[:, None]
+            angles = torch.cat([first.expand(len(kept_BK), -1, -1), patches.to(own.dtype)[kept_BK]], dim=1)[:, None]
         doubled = torch.cat([angles, angles], dim=-1)
         return Rotation(doubled.cos(), doubled.sin())

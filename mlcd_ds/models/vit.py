@@ -1,7 +1,7 @@
 """CLIP's and MLCD's vision transformer, parameter for parameter Hugging Face's `CLIPVisionModel` (learned positions)
 and `MLCDVisionModel` (rotary positions), and the loss's projection.
 
-Shapes: B images, C colour channels (3), N patches, T = N + 1 tokens, D width, E embedding.
+Shapes: B images, C colour channels (3), N patches, T tokens (class token, registers, patches), D width, E embedding.
 """
 
 from typing import Literal
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from mlcd_ds.models.layers import Activation, Embeddings, Encoder, Linear, Recompute, fill_nan, normal_init
-from mlcd_ds.models.noise import TrainingNoise
+from mlcd_ds.models.noise import TrainingNoise, num_kept
 from mlcd_ds.models.rope import AxialRotary
 
 
@@ -31,6 +31,9 @@ class ViTConfig(BaseModel):
     activation: Activation = Field("quick_gelu", description="the MLP's activation; OpenAI's CLIP has quick_gelu")
     positions: Literal["learned", "rope2d"] = Field(
         "learned", description="learned: added to the tokens (CLIP, MLCD up to L); rope2d: rotary (MLCD bigG)"
+    )
+    num_registers: int = Field(
+        0, ge=0, le=64, description="learned tokens beside the class token (arXiv 2309.16588); exports know none"
     )
     norm_eps: float = Field(1e-5, gt=0.0, le=1e-2, description="epsilon of every layer norm")
 
@@ -56,8 +59,13 @@ class ViTConfig(BaseModel):
 
     @property
     def num_patches(self) -> int:
-        """Patches of an image; there is one token more."""
+        """Patches of an image."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_other_tokens(self) -> int:
+        """Tokens that are not patches: the class token and the registers."""
+        return 1 + self.num_registers
 
     @property
     def head_dim(self) -> int:
@@ -76,8 +84,14 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         is_rotary = config.positions == "rope2d"
-        self.embeddings = Embeddings(config.patch_size, config.num_patches, config.width, has_positions=not is_rotary)
-        self.rotary = AxialRotary(config.image_size // config.patch_size, config.head_dim) if is_rotary else None
+        self.embeddings = Embeddings(
+            config.patch_size,
+            config.num_patches,
+            config.width,
+            num_registers=config.num_registers,
+            has_positions=not is_rotary,
+        )
+        self.rotary = AxialRotary(config.head_dim, config.num_registers) if is_rotary else None
         self.pre_layrnorm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.encoder = Encoder(
             config.depth, config.width, config.heads, config.mlp_width, config.activation, config.norm_eps
@@ -112,15 +126,19 @@ class ViT(nn.Module):
     def forward_tokens(self, images_BCHW: Tensor, noise: TrainingNoise | None = None) -> Tensor:
         """Return the tokens after the last block, before `post_layernorm`: [B, T, D], the class token first.
 
-        With `noise`, whatever the module's mode, branches and patches are dropped as it says; T is then smaller.
-        Raises ValueError where the images are not [B, 3, image_size, image_size].
+        With `noise`, whatever the module's mode, branches and patches are dropped as it says; T is then smaller. Images
+        may have another size than the model's: learned positions are resized, rotary ones continue.
+        Raises ValueError where the images are not squares of whole patches.
         """
-        size = self.config.image_size
-        if images_BCHW.shape[1:] != (3, size, size):
-            raise ValueError(f"images of shape {tuple(images_BCHW.shape)}; the model takes [B, 3, {size}, {size}]")
-        kept_BK = noise.kept_patches(self.config.num_patches) if noise else None
+        height, patch = images_BCHW.shape[-1], self.config.patch_size
+        if images_BCHW.shape[1:] != (3, height, height) or height % patch:
+            raise ValueError(
+                f"images of shape {tuple(images_BCHW.shape)}; the model takes [B, 3, S, S], S a multiple of {patch}"
+            )
+        grid = height // patch
+        kept_BK = noise.kept_patches(grid * grid, self.config.num_other_tokens) if noise else None
         scales_BL2 = noise.branch_scales(self.config.depth) if noise else None
-        rotation = None if self.rotary is None else self.rotary(kept_BK)
+        rotation = None if self.rotary is None else self.rotary(grid, kept_BK)
         return self.encoder(self.pre_layrnorm(self.embeddings(images_BCHW, kept_BK)), scales_BL2, rotation)
 
     def forward_features(self, images_BCHW: Tensor, noise: TrainingNoise | None = None) -> Tensor:
@@ -142,13 +160,14 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def flops_per_image(config: ViTConfig) -> int:
+def flops_per_image(config: ViTConfig, image_size: int | None = None, token_drop: float = 0.0) -> int:
     """Floating-point operations of one image's forward pass, a multiply-add counting 2.
 
     Matmuls only: norms, softmax, activations and biases are left out. A backward pass costs about twice as much.
     """
-    width, tokens = config.width, config.num_patches + 1
-    patches = 2 * config.num_patches * 3 * config.patch_size**2 * width
+    width, num_patches = config.width, ((image_size or config.image_size) // config.patch_size) ** 2
+    tokens = num_kept(num_patches, token_drop, config.num_other_tokens) + config.num_other_tokens
+    patches = 2 * num_patches * 3 * config.patch_size**2 * width
     projections = 4 * 2 * tokens * width * width
     attention = 2 * 2 * tokens * tokens * width
     mlp = 2 * 2 * tokens * width * config.mlp_width

@@ -35,6 +35,7 @@ STAGES, ACCUMULATIONS = (0, 1, 2, 3), (1, 2)
 # Measured over all layouts, relative to the largest entry: losses and norms 4e-7, weights 6e-6 (a moment's rounding
 # over its root).
 CURVE_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 3e-5
+MUON_TOLERANCE, MUON_WEIGHT_TOLERANCE = 5e-4, 5e-3  # measured 2.6e-3 (weights)
 BF16_TOLERANCE = 5e-2  # against fp32; measured 2.5e-2
 
 
@@ -58,19 +59,18 @@ def train(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """fp64 [steps, 3]: loss, gradient norms of backbone and head; the backbone's weights after them."""
     trainer = make_trainer(recipe, layout, group, config or {})
-    batches, curve = trainer.loader.batches(0), []
+    batches, curve = trainer.batches(0), []
     for step in range(NUM_STEPS):
         result = trainer.step(step, batches)
         curve.append([float(result.loss), float(result.backbone_grad_norm), float(result.head_grad_norm)])
     batches.close()
-    trainer.loader.close()
     weights = whole_weights(full_fp32_parameters(trainer.engine), trainer.head.groups.tensor)
     trainer.engine.destroy()
     return torch.tensor(curve, dtype=torch.float64), weights
 
 
 def train_all(group: Group, data: TinyData, tensor_parallel: int) -> dict:
-    """Every stage and accumulation, in bf16 too, and on two ranks the files in ds_configs/."""
+    """Every stage and accumulation, in bf16 and with Muon too, and on two ranks the files in ds_configs/."""
     os.environ.update(RANK=str(group.rank), WORLD_SIZE=str(group.size), LOCAL_RANK=str(group.rank))
     results = {}
     for stage in STAGES:
@@ -80,6 +80,10 @@ def train_all(group: Group, data: TinyData, tensor_parallel: int) -> dict:
             results[stage, accumulation, "fp32"] = train(recipe, layout, group)
         recipe = make_recipe(data, 1, layout.data_parallel, precision="bf16", recompute="block")
         results[stage, 1, "bf16"] = train(recipe, layout, group)
+        if stage < 3 and tensor_parallel == 1 and group.size < 4:
+            recipe = make_recipe(data, 1, layout.data_parallel)
+            muon = recipe.optimizer.model_copy(update={"name": "muon"})
+            results[stage, 1, "muon"] = train(recipe.model_copy(update={"optimizer": muon}), layout, group)
     for path in sorted(DS_CONFIGS.glob("*.json")) if group.size == 2 else ():
         config = read_ds_config(path)
         layout = read_layout(config, path, group.size)
@@ -100,6 +104,8 @@ def test_a_layout_trains_as_one_process(tiny_data: TinyData, num_ranks: int, ten
     expected_curve, expected_weights = trained(1, 1, tiny_data)[0][0, 1, "fp32"]
     for rank, results in enumerate(trained(num_ranks, tensor_parallel, tiny_data)):
         for (stage, accumulation, precision), (curve, weights) in results.items():
+            if precision == "muon":
+                continue
             what = f"rank {rank}, ZeRO {stage}, {accumulation} micro-batches, {precision}"
             is_exact = precision == "fp32"
             if (num_ranks, stage, accumulation, is_exact) != (1, 0, 1, True):
@@ -109,6 +115,21 @@ def test_a_layout_trains_as_one_process(tiny_data: TinyData, num_ranks: int, ten
                 for name, expected in expected_weights.items():
                     if is_exact and not name.endswith("k_proj.bias"):  # no gradient there but rounding
                         assert_close(f"{what}: {name}", weights[name], expected, WEIGHT_TOLERANCE)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_muon_trains_as_one_process(tiny_data: TinyData, num_ranks: int) -> None:
+    """It multiplies in 16 bits, where a gradient's last bit may tip a product's."""
+    expected, weights = trained(1, 1, tiny_data)[0][0, 1, "muon"]
+    adamw, adamw_weights = trained(1, 1, tiny_data)[0][0, 1, "fp32"]
+    for stage in (0, 1, 2):
+        if (num_ranks, stage) != (1, 0):
+            got, got_weights = trained(num_ranks, 1, tiny_data)[0][stage, 1, "muon"]
+            assert_close(f"ZeRO {stage}", got[:, 0], expected[:, 0], MUON_TOLERANCE)
+            for name in (f"encoder.layers.{layer}.mlp.fc1.weight" for layer in (0, 1)):
+                assert_close(f"ZeRO {stage}: {name}", got_weights[name], weights[name], MUON_WEIGHT_TOLERANCE)
+    assert_differs("AdamW", expected[:, 0], adamw[:, 0], MUON_TOLERANCE)
+    assert_differs("AdamW", weights[name], adamw_weights[name], MUON_WEIGHT_TOLERANCE)
 
 
 def test_every_file_of_ours_has_run(tiny_data: TinyData) -> None:
@@ -132,6 +153,10 @@ def refusal(data: TinyData, layout: Layout, **train: object) -> str:
 def test_what_cannot_be_is_refused_with_its_numbers(tiny_data: TinyData) -> None:
     assert "tensor parallel size 2 does not divide the 3 ranks" in refusal(tiny_data, Layout(3, 2))
     assert "tensor parallel size 4 does not divide model.heads 2" in refusal(tiny_data, Layout(4, 4))
+    muon = make_recipe(tiny_data, 1, 1)
+    muon = muon.model_copy(update={"optimizer": muon.optimizer.model_copy(update={"name": "muon"})})
+    with pytest.raises(UserError, match="muon needs whole matrices: ZeRO stage 3"):
+        check_layout(muon, Layout(2, 1, 3))
     assert "train.compile is not for tensor-parallel groups" in refusal(tiny_data, Layout(2, 2), compile=True)
     recipe = make_recipe(tiny_data, 1, 1)
     with pytest.raises(UserError, match=r"data.num_streams 4 .* 3 data-parallel ranks"):

@@ -31,7 +31,9 @@ from mlcd_ds.distributed.deepspeed import (
     stated_precision,
     tensor_parallel_size,
 )
+from mlcd_ds.engine.hardware import GPUS, gpu_named
 from mlcd_ds.engine.optimizer import backbone_optimizer, set_learning_rate
+from mlcd_ds.engine.phases import Phase, phase_at, phases
 from mlcd_ds.engine.schedule import learning_rate
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.vit import ViT, ViTConfig
@@ -317,3 +319,35 @@ def test_tensor_parallel_sections_are_checked(section: object, message: str) -> 
         tensor_parallel_size({"tensor_parallel": section}, Path("ds.json"))
     assert tensor_parallel_size({}, Path("ds.json")) == 1
     assert tensor_parallel_size({"tensor_parallel": {"autotp_size": 4}}, Path("ds.json")) == 4
+
+
+def test_phases_come_before_the_rest_of_the_run() -> None:
+    phases_given = "[{until: 1000, image_size: 32, token_drop: 0.75}, {until: 1500, image_size: 48}]"
+    recipe = load_recipe("demo", (f"train.phases={phases_given}",))
+    expected = [Phase(0, 1000, 32, 0.75), Phase(1000, 1500, 48, 0.5), Phase(1500, 2400, 64, 0.5)]
+    assert list(phases(recipe)) == expected
+    assert [phase_at(recipe, step) for step in (0, 999, 1000, 1499, 1500, 2399)] == [
+        phase for phase in expected for _ in (0, 1)
+    ]
+    assert list(phases(load_recipe("demo"))) == [Phase(0, 2400, 64, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("[{until: 2400}]", r"train.phases end after \[2400\] steps: .* below train.steps 2400"),
+        ("[{until: 20}, {until: 10}]", r"end after \[20, 10\] steps"),
+        ("[{until: 20, image_size: 30}]", "image_size 30, no multiple of model.patch_size 8"),
+        ("[{until: 20, size: 30}]", "Known keys: until, image_size"),
+    ],
+)
+def test_phases_that_cannot_be_are_named(given: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe("demo", (f"train.phases={given}",))
+
+
+def test_gpus_are_known_by_the_names_cuda_gives_them() -> None:
+    assert gpu_named("NVIDIA A100-SXM4-80GB") is GPUS["a100-80gb"]
+    assert gpu_named("NVIDIA A100-PCIE-40GB") is GPUS["a100-40gb"]
+    assert gpu_named("NVIDIA H100 80GB HBM3") is GPUS["h100"]
+    assert gpu_named("NVIDIA GeForce RTX 4090") is None

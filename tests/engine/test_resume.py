@@ -116,6 +116,21 @@ def test_two_ranks_resume_bit_for_bit(bench: Bench, tensor_parallel: int) -> Non
     assert sorted(Path("/dev/shm").glob("*deepspeed*")) == shared_memory, "nothing is left in memory by a kill"
 
 
+def test_a_run_of_phases_resumes_in_each_of_them(bench: Bench) -> None:
+    phases = "train.phases=[{until: 25, image_size: 48, token_drop: 0.5}, {until: 45, image_size: 16}]"
+    whole = bench.start("whole-phases", *LONG, phases)
+    assert whole.wait() == 0, whole.text
+    for until in (22, 42):
+        training = bench.start("killed-phases", *LONG, phases)
+        training.until_step(until)
+        training.kill()
+    training = bench.start("killed-phases", *LONG, phases)
+    assert training.wait() == 0, training.text
+    assert_same_end(training.out, whole.out)
+    work = [entry["speed/tflops_per_rank"] / entry["speed/images_per_s"] for entry in metrics(whole.out)]
+    assert len({round(value, 12) for value in work}) == 3, "three kinds of steps"
+
+
 def test_another_seed_ends_elsewhere(bench: Bench, uninterrupted: Path) -> None:
     """The known-bad twin: the comparison of final files can fail."""
     training = bench.start("other-seed", *LONG, "train.seed=2")

@@ -99,10 +99,10 @@ def test_dropped_patches_keep_their_angles() -> None:
     with torch.no_grad():
         expected = model.forward_tokens(images)
         kept = order.expand(2, -1)
-        rotation = model.rotary(kept)
+        rotation = model.rotary(4, kept)
         tokens = model.encoder(model.pre_layrnorm(model.embeddings(images, kept)), None, rotation)
         assert (tokens[:, 0] - expected[:, 0]).abs().max() < TOLERANCE
-        wrong = model.encoder(model.pre_layrnorm(model.embeddings(images, kept)), None, model.rotary())
+        wrong = model.encoder(model.pre_layrnorm(model.embeddings(images, kept)), None, model.rotary(4))
         assert (wrong[:, 0] - expected[:, 0]).abs().max() > 1e-3
 
 

@@ -8,7 +8,7 @@ import torch
 from distributed_harness import assert_close, assert_differs
 
 from mlcd_ds.data.colors import random_colors, random_keys
-from mlcd_ds.models.noise import TrainingNoise, uniforms
+from mlcd_ds.models.noise import TrainingNoise, num_kept, uniforms
 from mlcd_ds.models.vit import ViT, ViTConfig
 
 CONFIG = ViTConfig(image_size=16, patch_size=4, width=16, depth=3, heads=2, mlp_width=32, embed_dim=8)
@@ -97,3 +97,12 @@ def test_colours_are_in_range_and_belong_to_the_image() -> None:
     assert np.abs(colors.mean(axis=0) - [1, 1, 1, 0]).max() < 1.5 and (colors.std(axis=0) > [0.2, 0.2, 0.2, 18]).all()
     assert np.array_equal(random_colors(ids[7:9], 0, 0, 0.4, 36.0), colors[7:9])
     assert not np.array_equal(random_colors(ids, 1, 0, 0.4, 36.0), colors)
+
+
+def test_all_tokens_together_are_a_multiple_of_eight_where_that_is_near() -> None:
+    assert num_kept(256, 0.5) + 1 == 128 and num_kept(196, 0.5) + 1 == 96 and num_kept(256, 0.5, 8) + 8 == 136
+    assert num_kept(256, 0.0) == 256, "nothing is dropped unasked"
+    assert num_kept(256, 0.004) + 1 == 256 and num_kept(20, 0.04) == 15, "never more than there are"
+    assert num_kept(16, 0.5) == 8 and num_kept(4, 0.9) == 1, "few are left as they are"
+    kept = TrainingNoise(torch.arange(3), token_drop=0.5).kept_patches(196)
+    assert kept.shape == (3, 95) and all(len(set(row)) == 95 for row in kept.tolist())

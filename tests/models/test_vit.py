@@ -8,6 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlcd_ds.models.layers import PatchEmbedding, attend
+from mlcd_ds.models.noise import TrainingNoise
+from mlcd_ds.models.positions import resize_positions
 from mlcd_ds.models.vit import ViT, ViTConfig, flops_per_image, nan_parameters, num_parameters
 
 TINY = dict(image_size=32, patch_size=8, width=48, depth=2, heads=4, mlp_width=96, embed_dim=24)
@@ -114,8 +116,48 @@ def test_forward_shapes_and_errors() -> None:
     features = model.forward_features(images)
     assert features.shape == (3, 48) and model.forward_tokens(images).shape == (3, config.num_patches + 1, 48)
     assert torch.equal(model(images), F.linear(features, model.projection.weight))
-    with pytest.raises(ValueError, match=r"\[B, 3, 32, 32\]"):
-        model(torch.zeros(1, 3, 40, 40))
+    for shape in ((1, 3, 36, 36), (1, 3, 40, 32), (1, 1, 32, 32)):
+        with pytest.raises(ValueError, match="S a multiple of 8"):
+            model(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope2d"])
+def test_images_of_another_size_are_those_of_a_model_with_resized_positions(positions: str) -> None:
+    config = ViTConfig(**{**TINY, "width": 64}, positions=positions)
+    model, larger = ViT(config).double(), ViT(config.model_copy(update={"image_size": 48})).double()
+    model.init_weights(generator())
+    state = dict(model.state_dict())
+    if positions == "learned":
+        resized = resize_positions(state["embeddings.position_embedding.weight"], 36)
+        state["embeddings.position_embedding.weight"] = resized
+    larger.load_state_dict(state)
+    images = torch.randn(2, 3, 48, 48, generator=generator(1), dtype=torch.float64)
+    assert torch.equal(model(images), larger(images)) and model.forward_tokens(images).shape[1] == 37
+    model(images).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    if positions == "learned":
+        with torch.no_grad():
+            larger.embeddings.position_embedding.weight[1:] = resized[1:].flip(0)
+        assert (model(images) - larger(images)).abs().max() > 1e-3, "known-bad twin: positions upside down"
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope2d"])
+def test_registers_are_tokens_without_a_place(positions: str) -> None:
+    config = ViTConfig(**{**TINY, "width": 64}, positions=positions, num_registers=7)
+    model = ViT(config).double()
+    model.init_weights(generator())
+    images = torch.randn(2, 3, 32, 32, generator=generator(1), dtype=torch.float64)
+    before = model(images)
+    assert model.forward_tokens(images).shape == (2, 24, 64)
+    with torch.no_grad():
+        model.embeddings.register_embedding.copy_(model.embeddings.register_embedding.flip(0))
+    assert torch.allclose(model(images), before, atol=1e-12), "their order says nothing"
+    with torch.no_grad():
+        model.embeddings.register_embedding.zero_()
+    assert (model(images) - before).abs().max() > 1e-6, "they are seen"
+    dropping = TrainingNoise(torch.arange(2), token_drop=0.5)
+    assert model.forward_tokens(images, dropping).shape[1] == 16
+    assert model.embeddings(images, None)[:, 1:8].abs().max() == 0, "behind the class token"
 
 
 def test_every_parameter_gets_a_gradient() -> None:
@@ -129,13 +171,14 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_flops_equal_what_torch_counts(activation: str) -> None:
-    config = ViTConfig(**TINY, activation=activation)
+@pytest.mark.parametrize(("size", "token_drop", "num_registers"), [(32, 0.0, 0), (48, 0.0, 3), (64, 0.5, 0)])
+def test_flops_equal_what_torch_counts(activation: str, size: int, token_drop: float, num_registers: int) -> None:
+    config = ViTConfig(**TINY, activation=activation, num_registers=num_registers)
     model = ViT(config)
     model.init_weights(generator())
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(2, 3, 32, 32))
-    assert counter.get_total_flops() == 2 * flops_per_image(config)
+        model(torch.zeros(2, 3, size, size), TrainingNoise(torch.arange(2), token_drop=token_drop))
+    assert counter.get_total_flops() == 2 * flops_per_image(config, size, token_drop)
     assert counter.get_total_flops() != 2 * flops_per_image(config.model_copy(update={"heads": 4, "mlp_width": 97}))
 
 
