@@ -44,8 +44,9 @@ def nearest_centers(assigner: Assigner, rows_NE: np.ndarray, num_labels: int) ->
     """int32 [N, P]: the nearest centres of each row, nearest first."""
     blocks = [np.empty((0, num_labels), np.int32)]
     for begin in range(0, len(rows_NE), BLOCK_ROWS):
-        _, labels_BP = assigner.search(rows_NE[begin : begin + BLOCK_ROWS].astype(np.float32), num_labels)
-        blocks.append(labels_BP.astype(np.int32))
+        rows_BE = torch.from_numpy(rows_NE[begin : begin + BLOCK_ROWS].astype(np.float32))
+        _, labels_BP = assigner.search(rows_BE, num_labels)
+        blocks.append(labels_BP.int().cpu().numpy())
     return np.concatenate(blocks)
 
 
@@ -81,8 +82,8 @@ def run(options: Options, context: stage.Context) -> None:
     stage.logger.info("assign: %d images x %d labels -> %s", embeddings.num_images, options.num_labels, options.out)
     if options.dry_run:
         return
-    assigner = FaissAssigner(clusters.dim, use_gpu=context.device.type == "cuda")
-    assigner.set_centers(store.centers_CE)
+    assigner = FaissAssigner()
+    assigner.set_centers(torch.from_numpy(np.array(store.centers_CE)))
 
     def work(name: str) -> tuple[dict, dict]:
         path = check_file(options.embeddings, f"{name}.npy", embeddings.files[f"{name}.npy"], "embed")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from embeddings_maker import blobs, write_embeddings
 
 from mlcd_ds import assign
@@ -14,7 +16,6 @@ from mlcd_ds.cluster import ClusterManifest
 from mlcd_ds.cluster import main as cluster
 from mlcd_ds.clustering.assigners import FaissAssigner
 from mlcd_ds.clustering.embedding_store import EmbeddingStore
-from mlcd_ds.clustering.kmeans import unit
 from mlcd_ds.data.label_store import LabelManifest
 from mlcd_ds.manifest import read_manifest
 
@@ -37,7 +38,7 @@ def problem() -> tuple[np.ndarray, np.ndarray]:
     """Rows and centres."""
     generator = np.random.default_rng(0)
     (rows,) = blobs((500,), dim=24, num_blobs=9)
-    return rows, unit(generator.standard_normal((40, 24))).astype(np.float32)
+    return rows, F.normalize(torch.from_numpy(generator.standard_normal((40, 24)))).float().numpy()
 
 
 @pytest.mark.parametrize("num_labels", [1, 8, 40])
@@ -46,9 +47,9 @@ def test_labels_are_the_nearest_centres(
 ) -> None:
     rows, centers = problem
     monkeypatch.setattr(assign, "BLOCK_ROWS", 64)
-    assigner = FaissAssigner(24, use_gpu=False)
-    assigner.set_centers(centers[::-1])
-    assigner.set_centers(centers)  # replaces
+    assigner = FaissAssigner()
+    assigner.set_centers(torch.from_numpy(centers).flip(0))
+    assigner.set_centers(torch.from_numpy(centers))  # replaces
     labels = nearest_centers(assigner, rows, num_labels)
     assert labels.dtype == np.int32 and labels.shape == (500, num_labels)
     assert_nearest(labels, rows, centers)
@@ -61,8 +62,8 @@ def test_labels_are_the_nearest_centres(
 
 
 def test_no_rows_give_no_labels() -> None:
-    assigner = FaissAssigner(4, use_gpu=False)
-    assigner.set_centers(np.eye(4, dtype=np.float32))
+    assigner = FaissAssigner()
+    assigner.set_centers(torch.eye(4))
     assert nearest_centers(assigner, np.zeros((0, 4), np.float16), 3).shape == (0, 3)
 
 
