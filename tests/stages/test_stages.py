@@ -118,7 +118,7 @@ def test_an_interrupted_run_redoes_one_shard(finished: Path, tmp_path: Path, sta
     assert done.status == 0, done.err
     after = times(out)
     redone = {name for name in after if after[name] != before[name]}
-    assert redone - {"sizes.npy"} == {MANIFEST_NAME, ".done/1.json", "1.npy"}
+    assert redone - {"sizes.npy", "similarity/1.npy"} == {MANIFEST_NAME, ".done/1.json", "1.npy"}
     assert fingerprint(tmp_path / "all", stage) == fingerprint(finished, stage)
 
 
