@@ -38,7 +38,7 @@ from mlcd_ds.clustering.embedding_store import EmbeddingManifest, EmbeddingStore
 from mlcd_ds.clustering.initial import first_centers
 from mlcd_ds.clustering.kmeans import Clustering, Rules, kmeans, make_phases
 from mlcd_ds.clustering.memory import cluster_memory, predicted_seconds
-from mlcd_ds.clustering.repair import SizeLimits
+from mlcd_ds.clustering.repair import Repair
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.checkpoint import git_commit
 from mlcd_ds.manifest import library_versions, record_of, write_manifest
@@ -103,7 +103,8 @@ def run_ours(group: Group, folder: Path, num_centers: int, options: dict, out: P
     is_bf16 = options.get("precision", "bf16") == "bf16"
     iterations = options.get("num_iterations", FAISS_ITERATIONS)
     phases = make_phases(store.num_rows, num_centers, iterations, options.get("points", (64,)), options.get("full", 4))
-    rules = Rules("euclidean", phases, options.get("tolerance", 1e-4), SizeLimits(), seed=0)
+    moving = options.get("moving", 10)
+    rules = Rules("euclidean", phases, options.get("tolerance", 1e-4), Repair("euclidean"), 0, moving)
 
     def make_assigner() -> BlockwiseAssigner:
         return choose_assigner("torch", "euclidean", CPU, is_bf16)

@@ -30,11 +30,13 @@ from mlcd_ds.clustering.embedding_store import EmbeddingStore
 from mlcd_ds.clustering.initial import InitName, first_centers
 from mlcd_ds.clustering.kmeans import Clustering, Rules, kmeans, make_phases, next_phase
 from mlcd_ds.clustering.memory import memory_table
-from mlcd_ds.clustering.repair import SizeLimits
+from mlcd_ds.clustering.repair import Repair
 from mlcd_ds.clustering.state import STATE_NAME, load_state, save_state
 from mlcd_ds.engine.stopping import EXIT_REQUEUE, StopRequest
 from mlcd_ds.errors import UserError
 from mlcd_ds.manifest import library_versions, write_atomic, write_manifest
+
+SETTLING_ITERATIONS = 5
 
 
 class Options(stage.StageOptions):
@@ -45,7 +47,10 @@ class Options(stage.StageOptions):
     num_iterations: int = Field(20, ge=1, description="Lloyd iterations at most (not published; faiss's default is 25)")
     seed: int = Field(0, ge=0, description="seed of the first centres, of samples, and of the splits of empty clusters")
     metric: Metric = Field("cosine", description="cosine (unit centres) or euclidean")
-    init: InitName = Field("auto", description="first centres; auto is two_level from 2,000 centres on, else random")
+    init: InitName = Field("auto", description="first centres; auto is two_level from 20,000 centres on, else random")
+    moving_iterations: int = Field(
+        10, ge=0, description="first iterations in which centres move from cheap clusters to expensive ones"
+    )
     points_per_center: tuple[int, ...] = Field(
         (64,), description="rows a centre of growing samples for the first iterations; where N is smaller: all rows"
     )
@@ -67,7 +72,13 @@ def state_key(options: Options, inputs: dict[str, str], num_phases: int) -> str:
     """What a saved state must agree with. An interrupted run may go on to another number of iterations, unless that
     moves the borders of phases."""
     free = {"num_iterations", "tolerance"} if num_phases == 1 else {"tolerance"}
-    return work_key("cluster", {k: v for k, v in parameters_of(options).items() if k not in free}, inputs)
+    kept = {k: v for k, v in parameters_of(options).items() if k not in free}
+    return work_key("cluster", {**kept, "moving_iterations": moving_iterations(options)}, inputs)
+
+
+def moving_iterations(options: Options) -> int:
+    """Iterations in which centres may move; enough are left afterwards to settle."""
+    return max(0, min(options.moving_iterations, options.num_iterations - SETTLING_ITERATIONS))
 
 
 def run(options: Options, context: stage.Context) -> int:
@@ -121,8 +132,9 @@ def cluster(options: Options, context: stage.Context, stop: StopRequest) -> int:
         size = (store.num_rows, options.num_centers, store.dim)
         stage.logger.info("%s", memory_table(*size, group.size, phases, device.type, is_bf16))
         return 0
-    limits = SizeLimits(options.min_size, options.max_size)
-    rules = Rules(options.metric, phases, options.tolerance, limits, options.seed)
+    repair = Repair(options.metric, options.min_size, options.max_size)
+    moving = moving_iterations(options)
+    rules = Rules(options.metric, phases, options.tolerance, repair, options.seed, moving)
     key = state_key(options, wanted.inputs, len(phases))
     start = None if options.overwrite else load_state(state_path, key)
     if start is None or start.num_iterations > options.num_iterations:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from mlcd_ds.clustering.assigners import Assigner, Metric
 from mlcd_ds.clustering.kmeans import BLOCK_ROWS, Clustering, Phase, Rows, Rules, kmeans
-from mlcd_ds.clustering.repair import ByCell, SizeLimits
+from mlcd_ds.clustering.repair import Repair, RepairByCell
 from mlcd_ds.clustering.sampling import Sample, uniforms
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.errors import UserError
 
 InitName = Literal["auto", "random", "kmeans++", "two_level"]
-AUTO_TWO_LEVEL = 2000  # centres from which two levels pay
+AUTO_TWO_LEVEL = 20_000  # centres from which two levels pay
 PLUS_POINTS = 16  # rows a centre that k-means++ draws from
 CELL_POINTS, CELL_ITERATIONS = 256, 10  # rows a cell and iterations of the first level
 CANDIDATES = 4  # rows a centre from which the second level's first centres come
@@ -114,7 +114,7 @@ def two_level_centers(
     """
     num_cells = max(1, round(num_centers**0.5))
     rate = min(1.0, CELL_POINTS * num_cells / rows.num_rows)
-    rules = Rules(metric, (Phase(rate, CELL_ITERATIONS),), 1e-3, SizeLimits(), seed)
+    rules = Rules(metric, (Phase(rate, CELL_ITERATIONS),), 1e-3, Repair(metric), seed, CELL_ITERATIONS // 2)
     start = random_centers(rows, group, num_cells, metric, seed).to(device)
     cells = make_assigner()
     cells_CE = kmeans(rows, group, cells, Clustering(start, np.zeros(num_cells, np.int64)), rules).centers_CE
@@ -129,7 +129,9 @@ def two_level_centers(
     bounds = np.concatenate([[0], np.cumsum(counts_C)])
     start = picked(rows, group, chosen_K, metric).to(device)
     rate = min(1.0, FINE_POINTS * num_centers / rows.num_rows)
-    rules = Rules(metric, (Phase(rate, FINE_ITERATIONS),), 1e-3, ByCell(bounds), seed)
+    rules = Rules(
+        metric, (Phase(rate, FINE_ITERATIONS),), 1e-3, RepairByCell(metric, bounds), seed, FINE_ITERATIONS // 2
+    )
     within = WithinCells(cells, bounds, metric)
     return kmeans(rows, group, within, Clustering(start, np.zeros(num_centers, np.int64)), rules).centers_CE
 

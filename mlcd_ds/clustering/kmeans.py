@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlcd_ds.clustering.assigners import Assigner, Metric
+from mlcd_ds.clustering.repair import Clusters
 from mlcd_ds.clustering.sampling import Sample
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.errors import UserError
@@ -53,7 +54,7 @@ class Phase:
 @dataclass(frozen=True)
 class Iteration:
     """What an iteration did. `objective`, over the rows that it read: the mean cosine of a row to its centre, or the
-    mean squared distance; `num_splits`: clusters split for those that were empty, or too small."""
+    mean squared distance; `num_splits`: clusters that were split, for others that were empty, small or cheap."""
 
     phase: int
     objective: float
@@ -82,19 +83,21 @@ class Clustering:
         return len(self.history)
 
 
-# Changes centres and counts, of a share of all rows, in place; returns how many clusters were split.
-Repair = Callable[[Tensor, np.ndarray, float, np.random.Generator], int]
+# `repair(clusters, rate, may_move, generator)` changes clusters of a share of all rows in place; how many were split.
+RepairRule = Callable[[Clusters, float, bool, np.random.Generator], int]
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How to iterate: the metric, the phases, when a phase ends early, how clusters are repaired, the seed."""
+    """How to iterate: the metric, the phases, when a phase ends early, how clusters are repaired, the seed, and in how
+    many iterations, from the first, centres may move from cheap clusters to expensive ones."""
 
     metric: Metric
     phases: tuple[Phase, ...]
     tolerance: float
-    repair: Repair
+    repair: RepairRule
     seed: int
+    moving_iterations: int = 0
 
 
 def distortion(objective: float, metric: Metric) -> float:
@@ -109,7 +112,8 @@ def next_phase(history: Sequence[Iteration], rules: Rules) -> int | None:
     phase = history[-1].phase
     values = [distortion(i.objective, rules.metric) for i in history if i.phase == phase]
     is_over = len(values) >= rules.phases[phase].num_iterations
-    if len(values) > 1 and values[-2] - values[-1] < rules.tolerance * abs(values[-2]):
+    is_settled = history[-1].num_splits == 0  # centres that have just moved are not where they will be
+    if is_settled and len(values) > 1 and values[-2] - values[-1] < rules.tolerance * abs(values[-2]):
         is_over = True
     return phase + is_over if phase + is_over < len(rules.phases) else None
 
@@ -131,10 +135,12 @@ def make_phases(
 
 @dataclass(frozen=True)
 class Step:
-    """New centres fp32 [C, E]; rows per centre int64 [C], the objective and the number of rows as assigned."""
+    """New centres fp32 [C, E]; as assigned: rows int64 [C] and summed squared distances float64 [C] of each cluster,
+    the objective and the number of rows."""
 
     centers_CE: Tensor
     counts_C: Tensor
+    spreads_C: Tensor
     objective: float
     num_rows: int
 
@@ -142,29 +148,37 @@ class Step:
 def lloyd_step(
     rows: Rows, group: Group, assigner: Assigner, centers_CE: Tensor, metric: Metric, sample: Sample | None
 ) -> Step:
-    """Assign and average. Collectives: reduce-scatter and all-gather of [C, E] fp32, all-reduce of [C] and [3]."""
+    """Assign and average. Collectives: reduce-scatter and all-gather of [C, E] fp32; all-reduces of [C] int64, [C]
+    float64 and [3]."""
     num_centers, dim = centers_CE.shape
     device = centers_CE.device
     per_rank = -(-num_centers // group.size)
     sums_CE = torch.zeros(per_rank * group.size, dim, device=device)
     counts_C = torch.zeros(per_rank * group.size, dtype=torch.int64, device=device)
+    spreads_C = torch.zeros(per_rank * group.size, dtype=torch.float64, device=device)
     totals_3 = torch.zeros(3, dtype=torch.float64, device=device)  # scores, squared norms, rows
     assigner.set_centers(centers_CE)
     for numbers_B, stored_BE in rows.blocks(BLOCK_ROWS, sample):
         rows_BE = stored_BE.to(device).float()
         scores_B1, nearest_B1 = assigner.search(rows_BE, 1)
         nearest_B = nearest_B1[:, 0].to(device)
-        totals_3[0] += scores_B1.double().sum()
-        totals_3[1] += rows_BE.square().sum(dtype=torch.float64)
+        scores_B = scores_B1[:, 0].to(device).double()
+        squares_B = rows_BE.square().sum(dim=1).double()
+        totals_3[0] += scores_B.sum()
+        totals_3[1] += squares_B.sum()
         totals_3[2] += len(rows_BE)
         if not torch.isfinite(totals_3).all():
             number = numbers_B[int((~rows_BE.isfinite().all(dim=1)).nonzero()[0])]
             raise UserError(f"{rows.place(int(number))} is not finite. Make it again: `mlcd embed --overwrite`.")
         sums_CE.index_add_(0, nearest_B, rows_BE)
         counts_C += torch.bincount(nearest_B, minlength=len(counts_C))
+        # The cosine's centres have unit length, and so have, up to fp16, its rows.
+        distances_B = squares_B - 2 * scores_B + (metric == "cosine")
+        spreads_C.index_add_(0, nearest_B, distances_B.clamp_min(0))
     sums_LE = group.reduce_scatter_sum(sums_CE)
     del sums_CE  # ahead of the new centres: both are [C, E]
     group.all_reduce_sum(counts_C)
+    group.all_reduce_sum(spreads_C)
     group.all_reduce_sum(totals_3)
     if metric == "cosine":
         means_LE = F.normalize(sums_LE, dim=1)
@@ -173,7 +187,8 @@ def lloyd_step(
         means_LE = sums_LE / counts_L.clamp_min(1)[:, None]
     score, square, number = totals_3.tolist()
     objective = score / number if metric == "cosine" else (square - 2 * score) / number
-    return Step(group.all_gather(means_LE)[:num_centers], counts_C[:num_centers], objective, int(number))
+    centers_CE = group.all_gather(means_LE)[:num_centers]
+    return Step(centers_CE, counts_C[:num_centers], spreads_C[:num_centers], objective, int(number))
 
 
 def kmeans(
@@ -192,7 +207,8 @@ def kmeans(
         step = lloyd_step(rows, group, assigner, current.centers_CE, rules.metric, sample)
         counts_C = step.counts_C.cpu().numpy()
         generator = np.random.default_rng([rules.seed, current.num_iterations])
-        num_splits = rules.repair(step.centers_CE, counts_C.copy(), rate, generator)
+        clusters = Clusters(step.centers_CE, counts_C.copy(), step.spreads_C.cpu().numpy())
+        num_splits = rules.repair(clusters, rate, current.num_iterations < rules.moving_iterations, generator)
         done = Iteration(phase, step.objective, step.num_rows, num_splits)
         current = replace(current, centers_CE=step.centers_CE, counts_C=counts_C, history=(*current.history, done))
         if not after_iteration(current):

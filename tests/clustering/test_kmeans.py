@@ -19,7 +19,7 @@ from mlcd_ds.clustering.blockwise import BlockwiseAssigner
 from mlcd_ds.clustering.embedding_store import EmbeddingStore
 from mlcd_ds.clustering.initial import random_centers
 from mlcd_ds.clustering.kmeans import Clustering, Iteration, Phase, Rules, kmeans, make_phases, next_phase
-from mlcd_ds.clustering.repair import SizeLimits
+from mlcd_ds.clustering.repair import Repair
 from mlcd_ds.clustering.sampling import Sample, uniforms
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.errors import UserError
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 def make_rules(num_iterations: int, metric: Metric = "cosine", **changed: object) -> Rules:
-    return replace(Rules(metric, (Phase(1.0, num_iterations),), 0.0, SizeLimits(), seed=3), **changed)
+    return replace(Rules(metric, (Phase(1.0, num_iterations),), 0.0, Repair(metric), seed=3), **changed)
 
 
 def make_assigner(name: str, metric: Metric) -> Assigner:
@@ -295,3 +295,13 @@ def test_empty_clusters_are_split_from_the_largest_and_reported(tmp_path: Path, 
     assert torch.equal(on_two[0].centers_CE, on_two[1].centers_CE)
     assert on_two[0].num_splits == later.num_splits
     assert_close("centres", on_two[0].centers_CE, later.centers_CE, 1e-5)
+
+
+def test_centres_that_may_move_find_a_better_clustering(folder: Path, lone_group: Group, metric: Metric) -> None:
+    rules = make_rules(20, metric, tolerance=1e-4)
+    fixed, moving = (run(lone_group, folder, replace(rules, moving_iterations=number)) for number in (0, 10))
+    ends = [module.distortion(done.objective[-1], metric) for done in (fixed, moving)]
+    assert ends[1] <= ends[0] + 1e-6
+    on_two = run_ranks(run, 2, folder, replace(rules, moving_iterations=10))[0]
+    assert_close("centres", on_two.centers_CE, moving.centers_CE, TOLERANCE)
+    assert on_two.num_splits == moving.num_splits
