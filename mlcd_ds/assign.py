@@ -6,6 +6,8 @@ euclidean); and `sizes.npy`, int64 [C], the number of images whose nearest centr
 
   mlcd assign --embeddings runs/laion/embeddings --clusters runs/laion/clusters --out runs/laion/labels
 
+`report.html` and `report.json` beside them tell sizes and similarities, and TensorBoard shows the same.
+
 With --threshold an image has the centres at least so similar, its nearest in any case, and at most --num-labels; the
 rest is -1. The paper compares this with a fixed number of labels. The next stage is `mlcd train`.
 """
@@ -23,6 +25,7 @@ import torch
 from pydantic import Field
 
 from mlcd_ds import stage
+from mlcd_ds.assign_report import open_index, write_report
 from mlcd_ds.by_shard import for_each_shard, work_key
 from mlcd_ds.clustering.assigners import AssignerName, Precision, choose_assigner, resolve_precision
 from mlcd_ds.clustering.center_store import CenterStore
@@ -41,6 +44,8 @@ class Options(stage.StageOptions):
     num_labels: int = Field(8, ge=1, description="labels an image (the paper's best: 8)")
     threshold: float | None = Field(None, description="least similarity of a label after the first; default: none")
     assigner: AssignerName = Field("auto", description="what finds the nearest centres")
+    index: Path | None = Field(None, description="folder of `mlcd index`: the report then shows images, and classes")
+    label_key: str = Field("label", description="key of the class in the samples' .json, for the report")
     precision: Precision = Field("auto", description="of the products; auto is bf16 where that is fast and work large")
 
 
@@ -74,6 +79,7 @@ def run(options: Options, context: stage.Context) -> None:
     )
     if stage.already_done(options, context, LabelManifest, wanted):
         return
+    index = None if options.index is None else open_index(options.index, embeddings.inputs["index"])
     stage.logger.info("assign: %d images x %d labels -> %s", embeddings.num_images, options.num_labels, options.out)
     is_bf16 = resolve_precision(
         options.precision, context.device, embeddings.num_images * clusters.num_centers * clusters.dim
@@ -109,6 +115,9 @@ def run(options: Options, context: stage.Context) -> None:
     if group.is_main:
         files = {name: record for note in notes.values() for name, record in note.files.items()}
         files["sizes.npy"] = write_atomic(options.out / "sizes.npy", lambda file: np.save(file, sizes_C.numpy()))
+    group.barrier()
+    write_report(context, options.out, names, wanted, clusters, index, options.label_key)
+    if group.is_main:
         write_manifest(options.out, wanted.model_copy(update={"files": files}))
         low, middle, high = np.percentile(sizes_C.numpy(), (5, 50, 95))
         stage.logger.info(

@@ -26,12 +26,14 @@ from mlcd_ds import stage
 from mlcd_ds.by_shard import work_key
 from mlcd_ds.clustering.assigners import AssignerName, Metric, Precision, choose_assigner, resolve_precision
 from mlcd_ds.clustering.center_store import ClusterManifest
+from mlcd_ds.clustering.duplicates import Duplicates, find_duplicates
 from mlcd_ds.clustering.embedding_store import EmbeddingStore
 from mlcd_ds.clustering.initial import InitName, first_centers
 from mlcd_ds.clustering.kmeans import Clustering, Rules, kmeans, make_phases, next_phase
 from mlcd_ds.clustering.memory import memory_table
 from mlcd_ds.clustering.repair import Repair
 from mlcd_ds.clustering.state import STATE_NAME, load_state, save_state
+from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.stopping import EXIT_REQUEUE, StopRequest
 from mlcd_ds.errors import UserError
 from mlcd_ds.manifest import library_versions, write_atomic, write_manifest
@@ -56,6 +58,9 @@ class Options(stage.StageOptions):
     )
     full_iterations: int = Field(4, ge=1, description="of the iterations, those on all rows after samples")
     tolerance: float = Field(1e-4, ge=0, description="a phase ends when its distortion falls by less than this share")
+    duplicates_above: float | None = Field(
+        None, gt=0.5, le=1, description="leave out images whose cosine to an earlier one is at least this, such as 0.98"
+    )
     min_size: int = Field(1, ge=1, description="clusters with fewer images are dissolved (an aim, see docs)")
     max_size: int | None = Field(None, ge=2, description="clusters with more images are split (an aim, see docs)")
     assigner: AssignerName = Field("auto", description="what finds the nearest centres")
@@ -120,6 +125,7 @@ def cluster(options: Options, context: stage.Context, stop: StopRequest) -> int:
         return 0
     stage.logger.info("cluster: %d x %d into %d -> %s", store.num_rows, store.dim, options.num_centers, options.out)
     is_bf16 = resolve_precision(options.precision, device, store.num_rows * options.num_centers * store.dim)
+    duplicates = None if options.dry_run else leave_out_duplicates(options, store, group)
     phases = make_phases(
         store.num_rows,
         options.num_centers,
@@ -170,20 +176,46 @@ def cluster(options: Options, context: stage.Context, stop: StopRequest) -> int:
         stage.logger.info("cluster: asked to stop; iteration %d is saved. Start again to go on.", result.num_iterations)
         return EXIT_REQUEUE
     if group.is_main:
-        finish(options.out, wanted, result)
+        finish(options.out, wanted, result, duplicates)
     group.barrier()
     return 0
 
 
-def finish(out: Path, wanted: ClusterManifest, result: Clustering) -> None:
+def leave_out_duplicates(options: Options, store: EmbeddingStore, group: Group) -> Duplicates | None:
+    """Find near copies, where asked for, and have the store leave them out. Collective."""
+    if options.duplicates_above is None:
+        return None
+    found = find_duplicates(store, group, options.duplicates_above, options.seed)
+    stage.logger.info(
+        "cluster: %d near copies left out of %d images, %.1f %%",
+        len(found.numbers),
+        store.num_rows,
+        100 * len(found.numbers) / store.num_rows,
+    )
+    store.exclude(found.numbers)
+    if options.num_centers > store.num_rows:
+        raise UserError(
+            f"--num-centers {options.num_centers} is more than the {store.num_rows} images without copies: choose "
+            "fewer, or raise --duplicates-above."
+        )
+    return found
+
+
+def finish(out: Path, wanted: ClusterManifest, result: Clustering, duplicates: Duplicates | None) -> None:
     """Write the centres and the manifest, and say what came out."""
-    record = write_atomic(out / "centers.npy", lambda file: np.save(file, result.centers_CE.cpu().numpy()))
+    arrays = {"centers.npy": result.centers_CE.cpu().numpy()}
+    if duplicates is not None:
+        arrays["duplicates.npy"] = duplicates.numbers
+    files = {
+        name: write_atomic(out / name, lambda file, array=array: np.save(file, array)) for name, array in arrays.items()
+    }
     history = {
         "objective": result.objective,
         "num_splits": result.num_splits,
         "num_rows": tuple(iteration.num_rows for iteration in result.history),
+        "num_duplicates": 0 if duplicates is None else len(duplicates.numbers),
     }
-    write_manifest(out, wanted.model_copy(update={"files": {"centers.npy": record}, **history}))
+    write_manifest(out, wanted.model_copy(update={"files": files, **history}))
     stage.logger.info(
         "cluster: mean %s the nearest centre %.4f -> %.4f in %d iterations",
         "similarity to" if wanted.metric == "cosine" else "squared distance from",

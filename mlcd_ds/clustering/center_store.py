@@ -23,6 +23,7 @@ class ClusterManifest(Manifest):
     objective: tuple[float, ...]
     num_splits: tuple[int, ...]
     num_rows: tuple[int, ...] = ()
+    num_duplicates: int = 0
 
 
 class CenterStore:

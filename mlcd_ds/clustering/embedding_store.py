@@ -54,6 +54,8 @@ class EmbeddingStore:
         self.num_rows, self.dim = self.manifest.num_images, self.manifest.dim
         self.begin, self.end = slice_bounds(self.num_rows, num_ranks, rank)
         self._pieces = list(self._open())
+        self._excluded = np.zeros(0, dtype=np.int64)
+        self._everything: tuple[list[Piece], np.ndarray] | None = None
 
     def _open(self) -> Iterator[Piece]:
         first = 0
@@ -76,10 +78,13 @@ class EmbeddingStore:
             numbers_N = np.arange(piece.first_row, piece.first_row + piece.end - piece.begin)
             if sample is not None:
                 numbers_N = numbers_N[sample.contains(numbers_N)]
+            begin, end = np.searchsorted(self._excluded, (piece.first_row, piece.first_row + piece.end - piece.begin))
+            if end > begin:
+                numbers_N = np.setdiff1d(numbers_N, self._excluded[begin:end], assume_unique=True)
             rows_NE, begin = piece.rows(), 0
             while begin < len(numbers_N):
                 taken_N = torch.from_numpy(numbers_N[begin : begin + missing])
-                if sample is None:
+                if len(numbers_N) == len(rows_NE):
                     rows.append(rows_NE[begin : begin + missing])
                 else:
                     rows.append(rows_NE[taken_N - piece.first_row])
@@ -91,6 +96,28 @@ class EmbeddingStore:
                     numbers, rows, missing = [], [], block_rows
         if rows:
             yield torch.cat(numbers), torch.cat(rows)
+
+    def exclude(self, numbers: np.ndarray) -> None:
+        """Leave rows out of `blocks` from now on: sorted global numbers of all ranks. `num_rows` is what is left."""
+        self._excluded = numbers
+        self.num_rows = self.manifest.num_images - len(numbers)
+
+    def read(self, numbers_K: np.ndarray) -> Tensor:
+        """fp32 [K, E]: any rows, also those of other ranks' slices, which must lie on a shared disk."""
+        if self._everything is None:
+            first, pieces = 0, []
+            for name, count in self.manifest.shards:
+                pieces.append(Piece(self.folder / f"{name}.npy", 0, count, first))
+                first += count
+            self._everything = pieces, np.array([piece.first_row for piece in pieces])
+        pieces, firsts = self._everything
+        rows_KE = torch.empty(len(numbers_K), self.dim)
+        piece_K = np.searchsorted(firsts, numbers_K, side="right") - 1
+        for number in np.unique(piece_K):
+            here_K = torch.from_numpy(piece_K == number)
+            wanted = torch.from_numpy(numbers_K)[here_K] - pieces[number].first_row
+            rows_KE[here_K] = pieces[number].rows()[wanted].float()
+        return rows_KE
 
     def place(self, number: int) -> str:
         """The file of one of this slice's rows, and the row in it."""

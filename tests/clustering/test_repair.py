@@ -29,7 +29,7 @@ def test_an_empty_cluster_takes_half_of_the_largest_spread() -> None:
     assert torch.equal(clusters.centers_CE[0], before[0])
     for moved, split in ((1, 2), (3, 4)):
         apart = float((clusters.centers_CE[moved] - clusters.centers_CE[split]).norm())
-        assert 0.08 < apart < 0.11  # twice half of the root mean square distance, 0.1
+        assert 0.03 < apart < 0.11  # along the sphere; the root mean square distance is 0.1
         middle = (clusters.centers_CE[moved] + clusters.centers_CE[split]) / 2
         assert float((middle - before[split]).norm()) < 0.01
     assert torch.allclose(clusters.centers_CE.norm(dim=1), torch.ones(5), atol=1e-6)
