@@ -19,7 +19,7 @@ if __name__ == "__main__" and not __package__:  # run by path: this folder's nam
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 from tqdm import tqdm
 
 from mlcd_ds import stage
@@ -53,8 +53,8 @@ class Options(stage.StageOptions):
     moving_iterations: int = Field(
         10, ge=0, description="first iterations in which centres move from cheap clusters to expensive ones"
     )
-    points_per_center: tuple[int, ...] = Field(
-        (64,), description="rows a centre of growing samples for the first iterations; where N is smaller: all rows"
+    points_per_center: tuple[NonNegativeInt, ...] = Field(
+        (64,), description="rows a centre of growing samples for the first iterations; 0, or where N is smaller: all"
     )
     full_iterations: int = Field(4, ge=1, description="of the iterations, those on all rows after samples")
     tolerance: float = Field(1e-4, ge=0, description="a phase ends when its distortion falls by less than this share")

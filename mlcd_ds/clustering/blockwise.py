@@ -27,8 +27,8 @@ class BlockShape:
     centers: int
 
 
-# On a CPU a block should stay in the cache of one core; on a GPU it should be a large product.
-BLOCKS = {"cpu": BlockShape(512, 2048), "cuda": BlockShape(8192, 16_384)}
+# Few and wide blocks: what is looked into again costs a row and a block. On a GPU a block should be a large product.
+BLOCKS = {"cpu": BlockShape(256, 8192), "cuda": BlockShape(8192, 16_384)}
 
 
 class BlockwiseAssigner:

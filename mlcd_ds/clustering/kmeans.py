@@ -125,7 +125,7 @@ def make_phases(
 
     Samples that would hold all rows are left out; without any, all iterations are on all rows.
     """
-    rates = [points * num_centers / num_rows for points in sorted(points_per_center)]
+    rates = [points * num_centers / num_rows for points in sorted(set(points_per_center)) if points]
     rates = [rate for rate in rates if rate < 1]
     full = min(full_iterations, num_iterations) if rates else num_iterations
     bounds = [(num_iterations - full) * part // max(1, len(rates)) for part in range(len(rates) + 1)]

@@ -33,7 +33,7 @@ def cluster_memory(
         "centres in bf16": num_centers * dim * FP16 if has_copy else 0,
         "sums, then new centres": per_rank * num_ranks * dim * FP32,
         "own range": per_rank * dim * FP32,
-        "counts": 2 * num_centers * INT64,
+        "counts and spreads": 3 * num_centers * INT64,
         "stored block": rows * dim * FP16,
         "block": rows * dim * FP32 * 2,
         "scores": min(block.rows, rows) * centers * FP32 * (CHUNK + 1) // CHUNK,

@@ -152,12 +152,14 @@ def test_every_damage_to_a_state_is_found(tmp_path: Path) -> None:
 
 
 def test_what_the_key_depends_on(tmp_path: Path) -> None:
-    base = options_of(tmp_path, "out")
+    base = options_of(tmp_path, "out", num_iterations=20)
     keys = {state_key(options_of(tmp_path, "out", **c), {}, 1) for c in ({"seed": 1}, {"metric": "euclidean"}, {})}
     assert len(keys) == 3
     more = options_of(tmp_path, "out", num_iterations=50, assigner="faiss", precision="bf16")
     assert state_key(more, {}, 1) == state_key(base, {}, 1), "more iterations go on, and so does another assigner"
     assert state_key(more, {}, 2) != state_key(base, {}, 2), "the borders of phases would move"
+    few = options_of(tmp_path, "out", num_iterations=3)
+    assert state_key(few, {}, 1) != state_key(base, {}, 1), "no centre moved so shortly before the end"
     assert "assigner" not in parameters_of(base)
 
 

@@ -238,7 +238,7 @@ def test_small_data_are_never_sampled() -> None:
     assert make_phases(128_000, 1000, 20, (64,), 4) == (Phase(0.5, 16), Phase(1.0, 4))
     assert make_phases(128_000, 1000, 20, (64, 16, 512), 4) == (Phase(0.125, 8), Phase(0.5, 8), Phase(1.0, 4))
     assert make_phases(128_000, 1000, 3, (64,), 4) == (Phase(1.0, 3),)
-    assert make_phases(128_000, 1000, 20, (), 4) == (Phase(1.0, 20),)
+    assert make_phases(128_000, 1000, 20, (), 4) == make_phases(128_000, 1000, 20, (0,), 4) == (Phase(1.0, 20),)
 
 
 def test_a_phase_ends_when_it_hardly_improves(folder: Path, lone_group: Group, metric: Metric) -> None:
