@@ -13,6 +13,7 @@ docs/clustering.md explains the options. The next stage is `mlcd assign`.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:  # run by path: this folder's names must not shadow top-level packages
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from mlcd_ds import stage
 from mlcd_ds.by_shard import work_key
-from mlcd_ds.clustering.assigners import AssignerName, Metric, Precision, choose_assigner, resolve_precision
+from mlcd_ds.clustering.assigners import Assigner, AssignerName, Metric, Precision, choose_assigner, resolve_precision
 from mlcd_ds.clustering.center_store import ClusterManifest
 from mlcd_ds.clustering.duplicates import Duplicates, find_duplicates
 from mlcd_ds.clustering.embedding_store import EmbeddingStore
@@ -94,66 +95,30 @@ def run(options: Options, context: stage.Context) -> int:
 
 def cluster(options: Options, context: stage.Context, stop: StopRequest) -> int:
     """Returns the exit status: EXIT_REQUEUE when it was asked to stop before the end."""
-    group, state_path, device = context.group, options.out / STATE_NAME, context.device
+    group, device = context.group, context.device
     store = EmbeddingStore(options.embeddings, group.rank, group.size)
-    if options.num_centers > store.num_rows:
-        raise UserError(f"--num-centers {options.num_centers} is more than the {store.num_rows} images: choose fewer.")
-    if options.max_size is not None and options.max_size * options.num_centers < store.num_rows:
-        raise UserError(
-            f"--max-size {options.max_size} times {options.num_centers} centres is less than the {store.num_rows} "
-            "images: raise one of them."
-        )
-    if options.min_size * options.num_centers > store.num_rows:
-        raise UserError(
-            f"--min-size {options.min_size} times {options.num_centers} centres is more than the {store.num_rows} "
-            "images: lower one of them."
-        )
-    wanted = ClusterManifest(
-        stage="cluster",
-        parameters=parameters_of(options),
-        inputs={"embeddings": store.manifest.fingerprint},
-        files={},
-        versions=library_versions(),
-        num_images=store.num_rows,
-        num_centers=options.num_centers,
-        dim=store.dim,
-        metric=options.metric,
-        objective=(),
-        num_splits=(),
-    )
+    check_numbers(options, store.num_rows)
+    wanted = manifest_of(options, store)
     if stage.already_done(options, context, ClusterManifest, wanted):
         return 0
     stage.logger.info("cluster: %d x %d into %d -> %s", store.num_rows, store.dim, options.num_centers, options.out)
     is_bf16 = resolve_precision(options.precision, device, store.num_rows * options.num_centers * store.dim)
+
+    def make_assigner() -> Assigner:
+        return choose_assigner(options.assigner, options.metric, device, is_bf16)
+
+    assigner = make_assigner()
     duplicates = None if options.dry_run else leave_out_duplicates(options, store, group)
-    phases = make_phases(
-        store.num_rows,
-        options.num_centers,
-        options.num_iterations,
-        options.points_per_center,
-        options.full_iterations,
-    )
-    assigner = choose_assigner(options.assigner, options.metric, device, is_bf16)
+    rules = make_rules(options, store.num_rows)
     if options.dry_run:
-        size = (store.num_rows, options.num_centers, store.dim)
-        stage.logger.info("%s", memory_table(*size, group.size, phases, device.type, is_bf16))
+        sizes = (store.num_rows, options.num_centers, store.dim, group.size)
+        stage.logger.info("%s", memory_table(*sizes, rules.phases, device.type, is_bf16))
         return 0
-    repair = Repair(options.metric, options.min_size, options.max_size)
-    moving = moving_iterations(options)
-    rules = Rules(options.metric, phases, options.tolerance, repair, options.seed, moving)
-    key = state_key(options, wanted.inputs, len(phases))
+    state_path, key = options.out / STATE_NAME, state_key(options, wanted.inputs, len(rules.phases))
     start = None if options.overwrite else load_state(state_path, key)
     if start is None or start.num_iterations > options.num_iterations:
-        first_CE = first_centers(
-            options.init,
-            store,
-            group,
-            options.num_centers,
-            options.metric,
-            options.seed,
-            lambda: choose_assigner(options.assigner, options.metric, device, is_bf16),
-            device,
-        )
+        sizes = (options.num_centers, options.metric, options.seed)
+        first_CE = first_centers(options.init, store, group, *sizes, make_assigner, device)
         start = Clustering(first_CE, np.zeros(options.num_centers, dtype=np.int64))
     bar = tqdm(
         total=options.num_iterations,
@@ -169,7 +134,7 @@ def cluster(options: Options, context: stage.Context, stop: StopRequest) -> int:
         bar.set_postfix(objective=f"{now.objective[-1]:.4f}", split=now.num_splits[-1])
         return not stop.is_asked(group)
 
-    start = Clustering(start.centers_CE.to(device), start.counts_C, start.history)
+    start = replace(start, centers_CE=start.centers_CE.to(device))
     result = kmeans(store, group, assigner, start, rules, after_iteration)
     bar.close()
     if next_phase(result.history, rules) is not None:
@@ -179,6 +144,47 @@ def cluster(options: Options, context: stage.Context, stop: StopRequest) -> int:
         finish(options.out, wanted, result, duplicates)
     group.barrier()
     return 0
+
+
+def check_numbers(options: Options, num_rows: int) -> None:
+    """UserError when so many images cannot make such clusters."""
+    centers = options.num_centers
+    if centers > num_rows:
+        raise UserError(f"--num-centers {centers} is more than the {num_rows} images: choose fewer.")
+    if options.max_size is not None and options.max_size * centers < num_rows:
+        raise UserError(
+            f"--max-size {options.max_size} times {centers} centres is less than the {num_rows} images: raise one."
+        )
+    if options.min_size * centers > num_rows:
+        raise UserError(
+            f"--min-size {options.min_size} times {centers} centres is more than the {num_rows} images: lower one."
+        )
+
+
+def manifest_of(options: Options, store: EmbeddingStore) -> ClusterManifest:
+    """The manifest, but for what comes out."""
+    return ClusterManifest(
+        stage="cluster",
+        parameters=parameters_of(options),
+        inputs={"embeddings": store.manifest.fingerprint},
+        files={},
+        versions=library_versions(),
+        num_images=store.num_rows,
+        num_centers=options.num_centers,
+        dim=store.dim,
+        metric=options.metric,
+        objective=(),
+        num_splits=(),
+    )
+
+
+def make_rules(options: Options, num_rows: int) -> Rules:
+    """How these options iterate over so many rows."""
+    phases = make_phases(
+        num_rows, options.num_centers, options.num_iterations, options.points_per_center, options.full_iterations
+    )
+    repair = Repair(options.metric, options.min_size, options.max_size)
+    return Rules(options.metric, phases, options.tolerance, repair, options.seed, moving_iterations(options))
 
 
 def leave_out_duplicates(options: Options, store: EmbeddingStore, group: Group) -> Duplicates | None:
