@@ -28,7 +28,7 @@ class BlockShape:
 
 
 # Few and wide blocks: what is looked into again costs a row and a block. On a GPU a block should be a large product.
-BLOCKS = {"cpu": BlockShape(256, 8192), "cuda": BlockShape(8192, 16_384)}
+BLOCKS = {"cpu": BlockShape(256, 16_384), "cuda": BlockShape(8192, 16_384)}
 
 
 class BlockwiseAssigner:
