@@ -118,7 +118,7 @@ def parse_options(
 def main(
     name: str,
     options_type: type[OptionsType],
-    run: Callable[[OptionsType, Context], None],
+    run: Callable[[OptionsType, Context], int | None],
     description: str | None,
     argv: list[str] | None = None,
 ) -> int:

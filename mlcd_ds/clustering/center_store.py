@@ -6,21 +6,28 @@ from pathlib import Path
 
 import numpy as np
 
+from mlcd_ds.clustering.assigners import Metric
 from mlcd_ds.manifest import Manifest, check_file, read_manifest
 
 
 class ClusterManifest(Manifest):
-    """Manifest of `mlcd cluster`: `objective` is the mean similarity to the nearest centre in each iteration."""
+    """Manifest of `mlcd cluster`, with an entry an iteration, over the `num_rows` that it read.
+
+    `objective` is the mean similarity to the nearest centre, or the mean squared distance from it (`metric`).
+    """
 
     num_images: int
     num_centers: int
     dim: int
+    metric: Metric = "cosine"
     objective: tuple[float, ...]
     num_splits: tuple[int, ...]
+    num_rows: tuple[int, ...] = ()
+    num_duplicates: int = 0
 
 
 class CenterStore:
-    """Unit centres fp32 [C, E], memory-mapped; opening compares the file's checksum."""
+    """Centres fp32 [C, E], of unit length for the cosine; memory-mapped. Opening compares the file's checksum."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

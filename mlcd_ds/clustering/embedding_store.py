@@ -1,6 +1,6 @@
 """Embeddings on disk, seen by a rank as its contiguous slice of all rows. Memory-mapped; shards may be uneven.
 
-N all rows, E embedding width; a slice crosses shard borders where it must.
+N rows, B rows of a block, K chosen rows, E embedding width; a slice crosses shard borders where it must.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from mlcd_ds.clustering.sampling import Sample
 from mlcd_ds.manifest import Manifest, check_file, read_manifest
 
 
@@ -36,9 +39,10 @@ class Piece:
     end: int
     first_row: int
 
-    def rows(self) -> np.ndarray:
+    def rows(self) -> Tensor:
         """fp16 [N, E], memory-mapped. Opened on each use: a mapping holds a file descriptor, and shards are many."""
-        return np.load(self.path, mmap_mode="r", allow_pickle=False)[self.begin : self.end]
+        # Mode "c" is private to this process: nothing is ever written back.
+        return torch.from_numpy(np.load(self.path, mmap_mode="c", allow_pickle=False)[self.begin : self.end])
 
 
 class EmbeddingStore:
@@ -50,6 +54,8 @@ class EmbeddingStore:
         self.num_rows, self.dim = self.manifest.num_images, self.manifest.dim
         self.begin, self.end = slice_bounds(self.num_rows, num_ranks, rank)
         self._pieces = list(self._open())
+        self._excluded = np.zeros(0, dtype=np.int64)
+        self._everything: tuple[list[Piece], np.ndarray] | None = None
 
     def _open(self) -> Iterator[Piece]:
         first = 0
@@ -60,18 +66,70 @@ class EmbeddingStore:
                 yield Piece(path, begin - first, end - first, begin)
             first += count
 
-    def blocks(self, block_rows: int) -> Iterator[np.ndarray]:
-        """The slice's rows in order, as fp32 blocks of at most `block_rows`."""
-        for piece in self._pieces:
-            rows_NE = piece.rows()
-            for begin in range(0, len(rows_NE), block_rows):
-                yield rows_NE[begin : begin + block_rows].astype(np.float32)
+    def blocks(self, block_rows: int, sample: Sample | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The slice's rows in order, or those of a sample: global numbers int64 [B] and rows fp16 [B, E].
 
-    def pick(self, rows_K: np.ndarray) -> np.ndarray:
-        """fp32 [K, E]: the given global rows where this slice has them, zero elsewhere."""
-        picked_KE = np.zeros((len(rows_K), self.dim), dtype=np.float32)
+        All blocks but the last have `block_rows` rows, however short the shards are.
+        """
+        numbers: list[Tensor] = []
+        rows: list[Tensor] = []
+        missing = block_rows
         for piece in self._pieces:
-            here = (rows_K >= piece.first_row) & (rows_K < piece.first_row + piece.end - piece.begin)
-            if here.any():
-                picked_KE[here] = piece.rows()[rows_K[here] - piece.first_row]
+            numbers_N = np.arange(piece.first_row, piece.first_row + piece.end - piece.begin)
+            if sample is not None:
+                numbers_N = numbers_N[sample.contains(numbers_N)]
+            begin, end = np.searchsorted(self._excluded, (piece.first_row, piece.first_row + piece.end - piece.begin))
+            if end > begin:
+                numbers_N = np.setdiff1d(numbers_N, self._excluded[begin:end], assume_unique=True)
+            rows_NE, begin = piece.rows(), 0
+            while begin < len(numbers_N):
+                taken_N = torch.from_numpy(numbers_N[begin : begin + missing])
+                if len(numbers_N) == len(rows_NE):
+                    rows.append(rows_NE[begin : begin + missing])
+                else:
+                    rows.append(rows_NE[taken_N - piece.first_row])
+                numbers.append(taken_N)
+                begin += len(taken_N)
+                missing -= len(taken_N)
+                if not missing:
+                    yield torch.cat(numbers), torch.cat(rows)
+                    numbers, rows, missing = [], [], block_rows
+        if rows:
+            yield torch.cat(numbers), torch.cat(rows)
+
+    def exclude(self, numbers: np.ndarray) -> None:
+        """Leave rows out of `blocks` from now on: sorted global numbers of all ranks. `num_rows` is what is left."""
+        self._excluded = numbers
+        self.num_rows = self.manifest.num_images - len(numbers)
+
+    def read(self, numbers_K: np.ndarray) -> Tensor:
+        """fp32 [K, E]: any rows, also those of other ranks' slices, which must lie on a shared disk."""
+        if self._everything is None:
+            first, pieces = 0, []
+            for name, count in self.manifest.shards:
+                pieces.append(Piece(self.folder / f"{name}.npy", 0, count, first))
+                first += count
+            self._everything = pieces, np.array([piece.first_row for piece in pieces])
+        pieces, firsts = self._everything
+        rows_KE = torch.empty(len(numbers_K), self.dim)
+        piece_K = np.searchsorted(firsts, numbers_K, side="right") - 1
+        for number in np.unique(piece_K):
+            here_K = torch.from_numpy(piece_K == number)
+            wanted = torch.from_numpy(numbers_K)[here_K] - pieces[number].first_row
+            rows_KE[here_K] = pieces[number].rows()[wanted].float()
+        return rows_KE
+
+    def place(self, number: int) -> str:
+        """The file of one of this slice's rows, and the row in it."""
+        piece = next(p for p in reversed(self._pieces) if p.first_row <= number)
+        return f"{piece.path} row {piece.begin + number - piece.first_row}"
+
+    def pick(self, numbers_K: np.ndarray) -> Tensor:
+        """fp32 [K, E]: the given global rows where this slice has them, zero elsewhere."""
+        picked_KE = torch.zeros(len(numbers_K), self.dim)
+        for piece in self._pieces:
+            here_K = (numbers_K >= piece.first_row) & (numbers_K < piece.first_row + piece.end - piece.begin)
+            if here_K.any():
+                wanted = torch.from_numpy(numbers_K[here_K] - piece.first_row)
+                picked_KE[torch.from_numpy(here_K)] = piece.rows()[wanted].float()
         return picked_KE

@@ -1,24 +1,30 @@
-"""Spherical k-means over the rows of all ranks: Lloyd's iterations on unit vectors with unit centres (paper, 3.2).
+"""Lloyd's iterations over the rows of all ranks (paper, 3.2): assign, average by centroid range, repair.
 
-Each rank assigns its own rows; sums and counts are added over the ranks, so every rank holds the same centres and the
-result depends on the number of ranks only through the rounding of the sums. C centres, E width.
+Each rank assigns its own rows. Sums are reduce-scattered by ranges of centroids, averaged there, and gathered again;
+so every rank holds the same centres, and the result depends on the number of ranks only through the rounding of the
+sums. What it knows of data and search are the two small interfaces `Rows` and `Assigner`.
+
+C centres, L = ceil(C / R) centres of this rank's range, B rows of a block, E width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from mlcd_ds.clustering.assigners import Assigner
+from mlcd_ds.clustering.assigners import Assigner, Metric
+from mlcd_ds.clustering.repair import Clusters
+from mlcd_ds.clustering.sampling import Sample
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.errors import UserError
 
 BLOCK_ROWS = 65_536
-SPLIT_STEP = 1e-3
 
 
 class Rows(Protocol):
@@ -27,82 +33,162 @@ class Rows(Protocol):
     num_rows: int  # of all ranks
     dim: int
 
-    def blocks(self, block_rows: int) -> Iterator[np.ndarray]:
-        """This rank's rows, as fp32 blocks."""
+    def blocks(self, block_rows: int, sample: Sample | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's rows, or those in a sample: global numbers int64 [B], and rows [B, E] of any floating type."""
 
-    def pick(self, rows_K: np.ndarray) -> np.ndarray:
-        """The given global rows where this rank has them, zero elsewhere."""
+    def pick(self, numbers_K: np.ndarray) -> Tensor:
+        """fp32 [K, E]: the given global rows where this rank has them, zero elsewhere."""
+
+    def place(self, number: int) -> str:
+        """Where one of this rank's rows is stored."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """At most so many iterations on a share of the rows."""
+
+    rate: float
+    num_iterations: int
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What an iteration did. `objective`, over the rows that it read: the mean cosine of a row to its centre, or the
+    mean squared distance; `num_splits`: clusters that were split, for others that were empty, small or cheap."""
+
+    phase: int
+    objective: float
+    num_rows: int
+    num_splits: int
 
 
 @dataclass(frozen=True)
 class Clustering:
-    """Unit centres fp32 [C, E]; rows per centre int64 [C] and mean similarity to the own centre, an entry an
-    iteration, both as assigned in that iteration; clusters that had to be split for empty ones, likewise."""
+    """Centres fp32 [C, E], rows per centre int64 [C] as the last iteration assigned them, and all iterations."""
 
-    centers_CE: np.ndarray
+    centers_CE: Tensor
     counts_C: np.ndarray
-    objective: tuple[float, ...] = ()
-    num_splits: tuple[int, ...] = ()
+    history: tuple[Iteration, ...] = ()
+
+    @property
+    def objective(self) -> tuple[float, ...]:
+        return tuple(iteration.objective for iteration in self.history)
+
+    @property
+    def num_splits(self) -> tuple[int, ...]:
+        return tuple(iteration.num_splits for iteration in self.history)
 
     @property
     def num_iterations(self) -> int:
-        return len(self.objective)
+        return len(self.history)
 
 
-def unit(rows_NE: np.ndarray) -> np.ndarray:
-    """Rows scaled to length one; zero rows stay zero."""
-    return rows_NE / np.maximum(np.linalg.norm(rows_NE, axis=1, keepdims=True), 1e-12)
+# `repair(clusters, rate, may_move, generator)` changes clusters of a share of all rows in place; how many were split.
+RepairRule = Callable[[Clusters, float, bool, np.random.Generator], int]
 
 
-def initial_clustering(rows: Rows, group: Group, num_centers: int, seed: int) -> Clustering:
-    """`num_centers` different rows, drawn by the seed alone. Collective: one all-reduce of [C, E]."""
-    if num_centers > rows.num_rows:
-        raise UserError(f"--num-centers {num_centers} is more than the {rows.num_rows} images: choose fewer.")
-    chosen = np.random.default_rng(seed).choice(rows.num_rows, num_centers, replace=False, shuffle=False)
-    centers_CE = group.all_reduce_sum(torch.from_numpy(rows.pick(chosen))).numpy()
-    return Clustering(unit(centers_CE), np.zeros(num_centers, dtype=np.int64))
+@dataclass(frozen=True)
+class Rules:
+    """How to iterate: the metric, the phases, when a phase ends early, how clusters are repaired, the seed, and in how
+    many iterations, from the first, centres may move from cheap clusters to expensive ones."""
+
+    metric: Metric
+    phases: tuple[Phase, ...]
+    tolerance: float
+    repair: RepairRule
+    seed: int
+    moving_iterations: int = 0
 
 
-def iterate(rows: Rows, group: Group, assigner: Assigner, current: Clustering, seed: int) -> Clustering:
-    """One iteration: assign, average, normalise, split. Collectives: all-reduce of [C, E], [C] and the objective."""
-    num_centers, dim = current.centers_CE.shape
-    sums_CE, counts_C = torch.zeros(num_centers, dim), torch.zeros(num_centers, dtype=torch.int64)
-    total = torch.zeros(1, dtype=torch.float64)
-    assigner.set_centers(current.centers_CE)
-    for block_BE in rows.blocks(BLOCK_ROWS):
-        similarity_B1, nearest_B1 = assigner.search(block_BE, 1)
-        nearest_B = torch.from_numpy(nearest_B1[:, 0])
-        sums_CE.index_add_(0, nearest_B, torch.from_numpy(block_BE))
-        counts_C += torch.bincount(nearest_B, minlength=num_centers)
-        total += float(similarity_B1.sum(dtype=np.float64))
-    for values in (sums_CE, counts_C, total):
-        group.all_reduce_sum(values)
-    centers_CE = unit(sums_CE.numpy())
-    seed_now = [seed, current.num_iterations]
-    num_splits = split_largest(centers_CE, counts_C.numpy().copy(), np.random.default_rng(seed_now))
-    return Clustering(
-        centers_CE,
-        counts_C.numpy(),
-        (*current.objective, float(total) / rows.num_rows),
-        (*current.num_splits, num_splits),
-    )
+def distortion(objective: float, metric: Metric) -> float:
+    """What falls as clusters improve: the mean squared distance, halved for unit rows."""
+    return objective if metric == "euclidean" else 1.0 - objective
 
 
-def split_largest(centers_CE: np.ndarray, counts_C: np.ndarray, generator: np.random.Generator) -> int:
-    """Give every empty cluster one half of the largest: both move a small step apart. Returns the number of splits.
+def next_phase(history: Sequence[Iteration], rules: Rules) -> int | None:
+    """The phase of the next iteration, or None at the end: a function of the history, so that a run resumes."""
+    if not history:
+        return 0
+    phase = history[-1].phase
+    values = [distortion(i.objective, rules.metric) for i in history if i.phase == phase]
+    is_over = len(values) >= rules.phases[phase].num_iterations
+    is_settled = history[-1].num_splits == 0  # centres that have just moved are not where they will be
+    if is_settled and len(values) > 1 and values[-2] - values[-1] < rules.tolerance * abs(values[-2]):
+        is_over = True
+    return phase + is_over if phase + is_over < len(rules.phases) else None
 
-    In place; the same on every rank, because the counts and the generator are.
+
+def make_phases(
+    num_rows: int, num_centers: int, num_iterations: int, points_per_center: Sequence[int], full_iterations: int
+) -> tuple[Phase, ...]:
+    """Iterations on growing samples, then `full_iterations` on all rows.
+
+    Samples that would hold all rows are left out; without any, all iterations are on all rows.
     """
-    empty = np.flatnonzero(counts_C == 0)
-    for center in empty:
-        largest = int(counts_C.argmax())
-        step_E = generator.standard_normal(centers_CE.shape[1]).astype(np.float32)
-        step_E *= SPLIT_STEP / np.linalg.norm(step_E)
-        centers_CE[center] = unit((centers_CE[largest] + step_E)[None])[0]
-        centers_CE[largest] = unit((centers_CE[largest] - step_E)[None])[0]
-        counts_C[center] = counts_C[largest] // 2
-        counts_C[largest] -= counts_C[center]
-    return len(empty)
+    rates = [points * num_centers / num_rows for points in sorted(set(points_per_center)) if points]
+    rates = [rate for rate in rates if rate < 1]
+    full = min(full_iterations, num_iterations) if rates else num_iterations
+    bounds = [(num_iterations - full) * part // max(1, len(rates)) for part in range(len(rates) + 1)]
+    phases = [Phase(rate, end - begin) for rate, begin, end in zip(rates, bounds, bounds[1:], strict=False)]
+    return tuple(phase for phase in (*phases, Phase(1.0, full)) if phase.num_iterations)
+
+
+@dataclass(frozen=True)
+class Step:
+    """New centres fp32 [C, E]; as assigned: rows int64 [C] and summed squared distances float64 [C] of each cluster,
+    the objective and the number of rows."""
+
+    centers_CE: Tensor
+    counts_C: Tensor
+    spreads_C: Tensor
+    objective: float
+    num_rows: int
+
+
+def lloyd_step(
+    rows: Rows, group: Group, assigner: Assigner, centers_CE: Tensor, metric: Metric, sample: Sample | None
+) -> Step:
+    """Assign and average. Collectives: reduce-scatter and all-gather of [C, E] fp32; all-reduces of [C] int64, [C]
+    float64 and [3]."""
+    num_centers, dim = centers_CE.shape
+    device = centers_CE.device
+    per_rank = -(-num_centers // group.size)
+    sums_CE = torch.zeros(per_rank * group.size, dim, device=device)
+    counts_C = torch.zeros(per_rank * group.size, dtype=torch.int64, device=device)
+    spreads_C = torch.zeros(per_rank * group.size, dtype=torch.float64, device=device)
+    totals_3 = torch.zeros(3, dtype=torch.float64, device=device)  # scores, squared norms, rows
+    assigner.set_centers(centers_CE)
+    for numbers_B, stored_BE in rows.blocks(BLOCK_ROWS, sample):
+        rows_BE = stored_BE.to(device).float()
+        scores_B1, nearest_B1 = assigner.search(rows_BE, 1)
+        nearest_B = nearest_B1[:, 0].to(device)
+        scores_B = scores_B1[:, 0].to(device).double()
+        squares_B = rows_BE.square().sum(dim=1).double()
+        totals_3[0] += scores_B.sum()
+        totals_3[1] += squares_B.sum()
+        totals_3[2] += len(rows_BE)
+        if not torch.isfinite(totals_3).all():
+            number = numbers_B[int((~rows_BE.isfinite().all(dim=1)).nonzero()[0])]
+            raise UserError(f"{rows.place(int(number))} is not finite. Make it again: `mlcd embed --overwrite`.")
+        sums_CE.index_add_(0, nearest_B, rows_BE)
+        counts_C += torch.bincount(nearest_B, minlength=len(counts_C))
+        # The cosine's centres have unit length, and so have, up to fp16, its rows.
+        distances_B = squares_B - 2 * scores_B + (metric == "cosine")
+        spreads_C.index_add_(0, nearest_B, distances_B.clamp_min(0))
+    sums_LE = group.reduce_scatter_sum(sums_CE)
+    del sums_CE  # ahead of the new centres: both are [C, E]
+    group.all_reduce_sum(counts_C)
+    group.all_reduce_sum(spreads_C)
+    group.all_reduce_sum(totals_3)
+    if metric == "cosine":
+        means_LE = F.normalize(sums_LE, dim=1)
+    else:
+        counts_L = counts_C[group.rank * per_rank : (group.rank + 1) * per_rank]
+        means_LE = sums_LE / counts_L.clamp_min(1)[:, None]
+    score, square, number = totals_3.tolist()
+    objective = score / number if metric == "cosine" else (square - 2 * score) / number
+    centers_CE = group.all_gather(means_LE)[:num_centers]
+    return Step(centers_CE, counts_C[:num_centers], spreads_C[:num_centers], objective, int(number))
 
 
 def kmeans(
@@ -110,13 +196,21 @@ def kmeans(
     group: Group,
     assigner: Assigner,
     start: Clustering,
-    num_iterations: int,
-    seed: int,
-    after_iteration: Callable[[Clustering], None],
+    rules: Rules,
+    after_iteration: Callable[[Clustering], bool] = lambda _: True,
 ) -> Clustering:
-    """Iterate from `start` (fresh, or a saved state) until `num_iterations` are done."""
+    """Iterate from `start`, fresh or saved, until the phases are over or `after_iteration` returns False."""
     current = start
-    while current.num_iterations < num_iterations:
-        current = iterate(rows, group, assigner, current, seed)
-        after_iteration(current)
+    while (phase := next_phase(current.history, rules)) is not None:
+        rate = rules.phases[phase].rate
+        sample = Sample(rate, rules.seed) if rate < 1 else None
+        step = lloyd_step(rows, group, assigner, current.centers_CE, rules.metric, sample)
+        counts_C = step.counts_C.cpu().numpy()
+        generator = np.random.default_rng([rules.seed, current.num_iterations])
+        clusters = Clusters(step.centers_CE, counts_C.copy(), step.spreads_C.cpu().numpy())
+        num_splits = rules.repair(clusters, rate, current.num_iterations < rules.moving_iterations, generator)
+        done = Iteration(phase, step.objective, step.num_rows, num_splits)
+        current = replace(current, centers_CE=step.centers_CE, counts_C=counts_C, history=(*current.history, done))
+        if not after_iteration(current):
+            break
     return current

@@ -49,6 +49,17 @@ class Group:
         _reduce_scatter(rows_B, rows_G.contiguous(), group=self.process_group)
         return rows_B
 
+    def exchange(self, parts: Sequence[Tensor]) -> Tensor:
+        """One part [n, ...] for each rank -> the parts for this rank, in rank order, [m, ...]. Lengths may differ.
+
+        One all-gather of lengths, one all-to-all.
+        """
+        lengths = torch.tensor([len(part) for part in parts], device=parts[0].device)
+        received = self.all_gather(lengths[None])[:, self.rank].tolist()
+        rows_M = parts[0].new_empty((sum(received), *parts[0].shape[1:]))
+        dist.all_to_all_single(rows_M, torch.cat(list(parts)), received, lengths.tolist(), group=self.process_group)
+        return rows_M
+
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place; returns its argument. One all-reduce."""
         dist.all_reduce(values, group=self.process_group)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlcd_ds.clustering.embedding_store import EmbeddingManifest
+from mlcd_ds.clustering.embedding_store import EmbeddingManifest, EmbeddingStore
 from mlcd_ds.manifest import record_of, write_manifest
 
 
@@ -37,3 +37,8 @@ def write_embeddings(folder: Path, shards: list[np.ndarray], index: str = "of an
         shards=[(name, len(rows)) for name, rows in names.items()],
     )
     write_manifest(folder, manifest)
+
+
+def all_rows_of(folder: Path) -> np.ndarray:
+    """All rows, as stored, in float64."""
+    return np.concatenate([rows.double().numpy() for _, rows in EmbeddingStore(folder).blocks(1000)])

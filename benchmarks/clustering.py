@@ -1,0 +1,302 @@
+"""Clustering against faiss: time to faiss's objective, the search for the nearest centres, what rounding costs.
+
+  python benchmarks/clustering.py [--json FILE] [--only NAME ...]
+
+Ratios of one run: ours on two ranks of one thread each against faiss on two threads. Squared distances are summed in
+fp32 over all rows, the same way for both, after the clock is stopped.
+
+  mixture    500,000 x 128, skewed components and 10 % copies, k = 5,000: time until faiss.Kmeans's final objective
+             (25 iterations, its defaults, no sub-sampling) is reached; both final objectives
+  pictures   the embeddings of demo/shards, k = 256: final objectives
+  assign     20,000 rows x 16,384 centres, d = 768: top-1 and top-8 against faiss.knn
+  precision  the objective after clustering with bf16 products, over that with fp32, other things equal
+  memory     peak of a rank above what it held before, beside the formula of mlcd_ds/clustering/memory.py
+  by_gpus    memory and predicted time for N = 400M, d = 768, k = 1M on 8, 64 and 80 GPUs, by formula
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+import torch.nn.functional as F
+from head import device_name, launch, peak_memory, seconds
+
+from mlcd_ds.clustering.assigners import choose_assigner
+from mlcd_ds.clustering.blockwise import BlockwiseAssigner
+from mlcd_ds.clustering.embedding_store import EmbeddingManifest, EmbeddingStore
+from mlcd_ds.clustering.initial import first_centers
+from mlcd_ds.clustering.kmeans import Clustering, Rules, kmeans, make_phases
+from mlcd_ds.clustering.memory import cluster_memory, predicted_seconds
+from mlcd_ds.clustering.repair import Repair
+from mlcd_ds.distributed.collectives import Group
+from mlcd_ds.engine.checkpoint import git_commit
+from mlcd_ds.manifest import library_versions, record_of, write_manifest
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+NUM_THREADS, NUM_RANKS, FAISS_ITERATIONS, ROUNDS = 2, 2, 25, 5
+MIB = 2**20
+MIXTURE_ROWS, MIXTURE_DIM, MIXTURE_CENTERS = 500_000, 128, 5_000
+
+
+def mixture(num_rows: int, dim: int, num_components: int, seed: int = 0) -> np.ndarray:
+    """fp16 unit rows: components of Zipf-like sizes and different widths, and every tenth row a copy of another."""
+    generator = np.random.default_rng(seed)
+    weights = 1 / np.arange(10, num_components + 10) ** 0.8
+    component = generator.choice(num_components, num_rows, p=weights / weights.sum())
+    middles = generator.standard_normal((num_components, dim), dtype=np.float32)
+    widths = generator.uniform(0.3, 1.0, num_components).astype(np.float32)
+    rows = middles[component] + widths[component, None] * generator.standard_normal((num_rows, dim), dtype=np.float32)
+    copies = generator.choice(num_rows, num_rows // 10, replace=False)
+    rows[copies] = rows[generator.integers(num_rows, size=len(copies))]
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+
+
+def write_store(folder: Path, rows_NE: np.ndarray, num_shards: int = 7) -> Path:
+    """Rows as a folder of `mlcd embed`, in uneven shards."""
+    cuts = np.sort(np.random.default_rng(1).integers(len(rows_NE), size=num_shards - 1))
+    folder.mkdir()
+    shards = {f"{number:05d}": part for number, part in enumerate(np.split(rows_NE, cuts)) if len(part)}
+    for name, part in shards.items():
+        np.save(folder / f"{name}.npy", part)
+    manifest = EmbeddingManifest(
+        stage="embed",
+        parameters={},
+        inputs={"index": "of a benchmark"},
+        files={f"{name}.npy": record_of(folder / f"{name}.npy") for name in shards},
+        versions={},
+        num_images=len(rows_NE),
+        dim=rows_NE.shape[1],
+        shards=[(name, len(part)) for name, part in shards.items()],
+    )
+    write_manifest(folder, manifest)
+    return folder
+
+
+def all_rows(folder: Path) -> torch.Tensor:
+    """fp32, all of them."""
+    return torch.cat([rows_BE.float() for _, rows_BE in EmbeddingStore(folder).blocks(65_536)])
+
+
+def objective(rows_NE: torch.Tensor, centers_CE: torch.Tensor) -> float:
+    """The sum of squared distances to the nearest centres, searched in fp32."""
+    assigner = BlockwiseAssigner("euclidean", False, CPU)
+    assigner.set_centers(centers_CE)
+    scores = assigner.search(rows_NE, 1)[0]
+    return float(rows_NE.square().sum(dtype=torch.float64) - 2 * scores.sum(dtype=torch.float64))
+
+
+def run_ours(group: Group, folder: Path, num_centers: int, options: dict, out: Path | None = None) -> dict:
+    """One clustering; seconds after each iteration, whose centres go to `out`."""
+    store = EmbeddingStore(folder, group.rank, group.size)
+    is_bf16 = options.get("precision", "bf16") == "bf16"
+    iterations = options.get("num_iterations", FAISS_ITERATIONS)
+    phases = make_phases(store.num_rows, num_centers, iterations, options.get("points", (64,)), options.get("full", 4))
+    moving = options.get("moving", 10)
+    rules = Rules("euclidean", phases, options.get("tolerance", 1e-4), Repair("euclidean"), 0, moving)
+
+    def make_assigner() -> BlockwiseAssigner:
+        return choose_assigner("torch", "euclidean", CPU, is_bf16)
+
+    times: list[float] = []
+
+    def after_iteration(now: Clustering) -> bool:
+        times.append(time.perf_counter() - began)
+        if out is not None and group.is_main:
+            np.save(out / f"{len(times)}.npy", now.centers_CE.numpy())
+        return True
+
+    group.barrier()
+    began = time.perf_counter()
+    init = options.get("init", "auto")
+    first_CE = first_centers(init, store, group, num_centers, "euclidean", 0, make_assigner)
+    start = Clustering(first_CE, np.zeros(num_centers, np.int64))
+    init_seconds = time.perf_counter() - began
+    done = kmeans(store, group, make_assigner(), start, rules, after_iteration)
+    return {"init": init_seconds, "times": times, "rows": [i.num_rows for i in done.history], "last": done.objective}
+
+
+def run_faiss(rows_NE: torch.Tensor, num_centers: int) -> tuple[float, torch.Tensor]:
+    """Seconds and centres of faiss.Kmeans with its defaults, on all rows."""
+    faiss.omp_set_num_threads(NUM_THREADS)
+    rows = rows_NE.numpy()
+    theirs = faiss.Kmeans(rows.shape[1], num_centers, niter=FAISS_ITERATIONS, max_points_per_centroid=len(rows))
+    spent = seconds(lambda: theirs.train(rows))
+    return spent, torch.from_numpy(theirs.centroids.copy())
+
+
+def measure_mixture() -> dict:
+    """Time to faiss's final objective."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, out = write_store(Path(name) / "rows", mixture(MIXTURE_ROWS, MIXTURE_DIM, 4000)), Path(name) / "centers"
+        rows_NE = all_rows(folder)
+        faiss_seconds, theirs_CE = run_faiss(rows_NE, MIXTURE_CENTERS)
+        target = objective(rows_NE, theirs_CE)
+        out.mkdir()
+        ours = launch(run_ours, folder, MIXTURE_CENTERS, {}, out, num_ranks=NUM_RANKS)
+        reached, values = None, []
+        for number, spent in reversed(list(enumerate(ours["times"], 1))):
+            values.append(objective(rows_NE, torch.from_numpy(np.load(out / f"{number}.npy"))))
+            if values[-1] > target:
+                break
+            reached = spent
+    return {
+        "time_ratio_vs_faiss": None if reached is None else reached / faiss_seconds,
+        "objective_ratio_vs_faiss": values[0] / target,
+        "whole_time_ratio_vs_faiss": ours["times"][-1] / faiss_seconds,
+        "faiss_seconds": faiss_seconds,
+        "seconds": ours["times"][-1],
+        "init_seconds": ours["init"],
+        "iterations": len(ours["times"]),
+        "rows_per_iteration": ours["rows"],
+    }
+
+
+def measure_pictures() -> dict:
+    """Final objectives on real embeddings."""
+    with tempfile.TemporaryDirectory() as name:
+        index, embeddings = Path(name) / "index", Path(name) / "embeddings"
+        for words in (
+            ["mlcd_ds.index", "--shards", str(ROOT / "demo/shards/train/*.tar"), "--out", str(index)],
+            ["mlcd_ds.embed", "--index", str(index), "--encoder", "efficientnet-lite0@128", "--out", str(embeddings)],
+        ):
+            subprocess.run([sys.executable, "-m", *words], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+        rows_NE = all_rows(embeddings)
+        results: dict[str, float] = {}
+        _, theirs_CE = run_faiss(rows_NE, 256)
+        target = objective(rows_NE, theirs_CE)
+        for init in ("random", "kmeans++", "two_level"):
+            out = Path(name) / init
+            out.mkdir()
+            options = {"init": init, "precision": "fp32"}
+            ours = launch(run_ours, embeddings, 256, options, out, num_ranks=NUM_RANKS)
+            final = torch.from_numpy(np.load(out / f"{len(ours['times'])}.npy"))
+            results[f"objective_ratio_vs_faiss_{init}"] = objective(rows_NE, final) / target
+            results[f"iterations_{init}"] = len(ours["times"])
+    return results
+
+
+def measure_assign() -> dict:
+    """The search alone, in turn."""
+    torch.set_num_threads(NUM_THREADS)
+    faiss.omp_set_num_threads(NUM_THREADS)
+    generator = torch.Generator().manual_seed(0)
+    centers_CE = F.normalize(torch.randn(16_384, 768, generator=generator))
+    picks = torch.randint(len(centers_CE), (20_000,), generator=generator)
+    rows_NE = F.normalize(centers_CE[picks] + 0.05 * torch.randn(len(picks), 768, generator=generator))
+    rows, centers = rows_NE.numpy(), centers_CE.numpy()
+    works: dict[str, Callable[[], object]] = {}
+    for k in (1, 8):
+        works[f"faiss_top{k}"] = lambda k=k: faiss.knn(rows, centers, k, metric=faiss.METRIC_INNER_PRODUCT)
+        for precision in ("fp32", "bf16"):
+            assigner = choose_assigner("torch", "cosine", CPU, precision == "bf16")
+            assigner.set_centers(centers_CE)
+            works[f"{precision}_top{k}"] = lambda assigner=assigner, k=k: assigner.search(rows_NE, k)
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(ROUNDS):
+        for name, work in works.items():
+            times[name].append(seconds(work))
+
+    def ratio(a: str, b: str) -> float:
+        return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+
+    results = {"gflops": {n: 2e-9 * len(rows) * len(centers) * 768 / min(t) for n, t in times.items()}}
+    exact = {k: works[f"faiss_top{k}"]()[1] for k in (1, 8)}
+    for precision in ("fp32", "bf16"):
+        end = "" if precision == "fp32" else "_bf16"
+        results[f"assign_time_ratio_vs_faiss{end}"] = ratio(f"{precision}_top1", "faiss_top1")
+        results[f"assign_top8_time_ratio_vs_faiss{end}"] = ratio(f"{precision}_top8", "faiss_top8")
+        results[f"top8_over_top1{end}"] = ratio(f"{precision}_top8", f"{precision}_top1")
+        for k in (1, 8):
+            found = works[f"{precision}_top{k}"]()[1].numpy()
+            shared = [len(set(a) & set(b)) for a, b in zip(found.tolist(), exact[k].tolist(), strict=True)]
+            results[f"recall_top{k}{end}"] = float(np.mean(shared)) / k
+    return results
+
+
+def measure_precision() -> dict:
+    """What bf16's rounding costs in objective: the same clustering with both."""
+    results = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_store(Path(name) / "rows", mixture(100_000, MIXTURE_DIM, 2000))
+        rows_NE, finals = all_rows(folder), {}
+        for precision in ("fp32", "bf16"):
+            out = Path(name) / precision
+            out.mkdir()
+            options = {"precision": precision, "tolerance": 0.0, "num_iterations": 12}
+            ours = launch(run_ours, folder, 1000, options, out, num_ranks=NUM_RANKS)
+            finals[precision] = objective(rows_NE, torch.from_numpy(np.load(out / f"{len(ours['times'])}.npy")))
+            results[f"seconds_{precision}"] = ours["times"][-1]
+    return {"objective_ratio_bf16_over_fp32": finals["bf16"] / finals["fp32"], **results}
+
+
+def _peak_of_a_rank(group: Group, folder: Path, num_centers: int) -> dict:
+    result: dict[str, float] = {}
+    options = {"num_iterations": 1, "init": "random", "points": ()}
+    run_ours(group, folder, 64, options)  # libraries and connections take theirs once
+    with peak_memory(result):
+        run_ours(group, folder, num_centers, options)
+    return result
+
+
+def measure_memory() -> dict:
+    """Peak of an iteration on a rank beside the formula's."""
+    num_rows, dim, num_centers = 200_000, 256, 50_000
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_store(Path(name) / "rows", mixture(num_rows, dim, 2000))
+        measured = launch(_peak_of_a_rank, folder, num_centers, num_ranks=NUM_RANKS)["peak_mib"]
+    predicted = sum(cluster_memory(num_rows, num_centers, dim, NUM_RANKS, CPU, is_bf16=False).values()) / MIB
+    return {"peak_mib": measured, "predicted_mib": predicted, "rows_fp16_mib": num_rows * dim * 2 / NUM_RANKS / MIB}
+
+
+def by_gpus() -> dict:
+    """The paper's job."""
+    table = {}
+    for num_ranks in (8, 64, 80):
+        parts = cluster_memory(400_000_000, 1_000_000, 768, num_ranks, torch.device("cuda"), is_bf16=True)
+        times = predicted_seconds(400_000_000, 1_000_000, 768, num_ranks)
+        table[str(num_ranks)] = {**{n: round(v / MIB) for n, v in parts.items()}, **times}
+    return table
+
+
+PARTS: dict[str, Callable[[], dict]] = {
+    "mixture": measure_mixture,
+    "pictures": measure_pictures,
+    "assign": measure_assign,
+    "precision": measure_precision,
+    "memory": measure_memory,
+    "by_gpus": by_gpus,
+}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some of the parts")
+    arguments = parser.parse_args()
+    torch.set_num_threads(NUM_THREADS)
+    result: dict[str, object] = {}
+    for name in arguments.only:
+        figures = PARTS[name]()
+        result |= figures if name in ("mixture", "assign") else {name: figures}
+        sys.stdout.write(f"{name}: {json.dumps(figures, indent=1)}\n")
+        sys.stdout.flush()
+    result |= {"device": device_name(), "ranks": NUM_RANKS, "commit": git_commit(), "versions": library_versions()}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
