@@ -27,8 +27,14 @@ class BlockShape:
     centers: int
 
 
-# Few and wide blocks: what is looked into again costs a row and a block. On a GPU a block should be a large product.
-BLOCKS = {"cpu": BlockShape(256, 16_384), "cuda": BlockShape(8192, 16_384)}
+# Shapes are rows x centres, by benchmarks/clustering.py: what is looked into again costs a row and a block, so with fast
+# bf16 products blocks are few and wide; fp32 likes more rows. On a GPU a block should be a large product.
+BLOCKS = {
+    ("cpu", False): BlockShape(1024, 4096),
+    ("cpu", True): BlockShape(256, 16_384),
+    ("cuda", False): BlockShape(8192, 16_384),
+    ("cuda", True): BlockShape(8192, 16_384),
+}
 
 
 class BlockwiseAssigner:
@@ -37,7 +43,7 @@ class BlockwiseAssigner:
     def __init__(self, metric: Metric, is_bf16: bool, device: torch.device) -> None:
         self._metric, self._device = metric, device
         self._matmul = Matmul(is_bf16, device.type)
-        self._block = BLOCKS[device.type]
+        self._block = BLOCKS[device.type, is_bf16]
 
     def set_centers(self, centers_CE: Tensor) -> None:
         self._centers_CE = centers_CE.to(self._device).float()

@@ -23,7 +23,7 @@ def cluster_memory(
 
     The new centres take the place of the sums: both are never there together. On a GPU, `stored block` is the host's.
     """
-    block = BLOCKS[device.type]
+    block = BLOCKS[device.type, is_bf16]
     rows = min(BLOCK_ROWS, -(-num_rows // num_ranks))
     per_rank = -(-num_centers // num_ranks)
     centers = min(block.centers, -(-num_centers // CHUNK) * CHUNK)

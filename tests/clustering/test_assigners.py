@@ -77,14 +77,14 @@ def test_blockwise_is_exact(num_centers: int, k: int, metric: Metric, monkeypatc
     if k > num_centers:
         pytest.skip("more than there are")
     for rows, centers in ((64, 96), (1, 32), (1000, 512)):
-        monkeypatch.setitem(blockwise.BLOCKS, "cpu", BlockShape(rows, centers))
+        monkeypatch.setattr(blockwise, "BLOCKS", dict.fromkeys(blockwise.BLOCKS, BlockShape(rows, centers)))
         check(BlockwiseAssigner(metric, False, CPU), num_centers, k, metric)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("k", [1, 8])
 def test_bf16_misses_little_and_scores_in_fp32(k: int, metric: Metric, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(blockwise.BLOCKS, "cpu", BlockShape(64, 96))
+    monkeypatch.setattr(blockwise, "BLOCKS", dict.fromkeys(blockwise.BLOCKS, BlockShape(64, 96)))
     check(BlockwiseAssigner(metric, True, CPU), 500, k, metric, tolerance=1e-2)  # measured 3e-3
     assert torch.backends.mkldnn.matmul.fp32_precision != "bf16", "only within the search"
 
@@ -134,7 +134,7 @@ def test_faiss_is_exact(k: int, metric: Metric) -> None:
 
 def test_all_negative_scores_and_ties(monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding must not win over negative scores; equal centres are found once each."""
-    monkeypatch.setitem(blockwise.BLOCKS, "cpu", BlockShape(8, 32))
+    monkeypatch.setattr(blockwise, "BLOCKS", dict.fromkeys(blockwise.BLOCKS, BlockShape(8, 32)))
     centers = -torch.ones(35, DIM)
     assigner = BlockwiseAssigner("cosine", False, CPU)
     assigner.set_centers(centers)
