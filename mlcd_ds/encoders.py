@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,7 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """SHA-256 over names and values of all weights."""
-        digest = hashlib.sha256(self.name.encode())
-        for key, value in sorted(self.network.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return weights_digest(self.name, self.network)
 
     def to(self, device: torch.device) -> Encoder:
         """Move the network and freeze it. On a GPU its matrix products may use TF32: features are kept in fp16."""
@@ -47,6 +44,28 @@ class Encoder:
             torch.set_float32_matmul_precision("high")
         self.network.to(device).eval().requires_grad_(False)
         return self
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """`encode` maps captions to embeddings [B, E] in the space of the same model's images, not normalised."""
+
+    name: str
+    network: nn.Module
+    encode: Callable[[list[str]], Tensor]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names and values of all weights."""
+        return weights_digest(self.name, self.network)
+
+
+def weights_digest(name: str, network: nn.Module) -> str:
+    """SHA-256 over a name, and names and values of all weights."""
+    digest = hashlib.sha256(name.encode())
+    for key, value in sorted(network.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_encoder(specification: str) -> Encoder:
@@ -111,11 +130,7 @@ def hugging_face(folder: Path, size: int | None) -> Encoder:
     }
     if kind not in classes:
         raise UserError(f"{folder / 'config.json'}: model_type {kind!r} is not one of {', '.join(classes)}.")
-    network, info = classes[kind].from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=torch.float32
-    )
-    if info["missing_keys"]:
-        raise UserError(f"{folder}: the weights lack {sorted(info['missing_keys'])[:3]}: not a whole {kind} model.")
+    network = _from_pretrained(classes[kind], folder)
     mean, std = CLIP_MEAN, CLIP_STD
     if (folder / "preprocessor_config.json").exists():
         image = json.loads((folder / "preprocessor_config.json").read_text())
@@ -129,6 +144,38 @@ def hugging_face(folder: Path, size: int | None) -> Encoder:
         return output.image_embeds if hasattr(output, "image_embeds") else output.pooler_output
 
     return Encoder(folder.resolve().name, PixelFormat(trained.image_size, mean, std), network, encode)
+
+
+def load_text_encoder(folder: Path) -> TextEncoder:
+    """The text half of a CLIP model with its tokenizer, from a Hugging Face folder. Captions are cut at its length."""
+    import transformers
+
+    path = folder / "config.json"
+    if not path.exists() or json.loads(path.read_text()).get("model_type") != "clip":
+        raise UserError(f"{folder} is not the folder of a whole CLIP model (model_type clip): only such encode texts.")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}") from None
+    network = _from_pretrained(transformers.CLIPTextModelWithProjection, folder)
+    length = network.config.max_position_embeddings
+
+    def encode(captions: list[str]) -> Tensor:
+        tokens = tokenizer(captions, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        inputs = {name: tokens[name].to(network.device) for name in ("input_ids", "attention_mask")}
+        return network(**inputs).text_embeds
+
+    return TextEncoder(folder.resolve().name, network.eval().requires_grad_(False), encode)
+
+
+def _from_pretrained(kind: Any, folder: Path) -> nn.Module:
+    """A model of transformers in fp32. UserError where the folder has not all of its weights."""
+    network, info = kind.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+    )
+    if info["missing_keys"]:
+        raise UserError(f"{folder}: the weights lack {sorted(info['missing_keys'])[:3]}: no whole {kind.__name__}.")
+    return network
 
 
 def untrained(recipe_name: str, size: int | None) -> Encoder:

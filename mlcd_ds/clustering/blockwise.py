@@ -27,8 +27,8 @@ class BlockShape:
     centers: int
 
 
-# Shapes are rows x centres, by benchmarks/clustering.py: what is looked into again costs a row and a block, so with fast
-# bf16 products blocks are few and wide; fp32 likes more rows. On a GPU a block should be a large product.
+# By docs/log.md: what is looked into again costs a row and a block, so with fast bf16 products blocks are few and wide;
+# fp32 likes more rows. On a GPU a block should be a large product.
 BLOCKS = {
     ("cpu", False): BlockShape(1024, 4096),
     ("cpu", True): BlockShape(256, 16_384),
