@@ -82,6 +82,7 @@ def train(out: Path, overrides: list[str]) -> None:
         *("--deepspeed_config", f"ds_configs/{ds_config()}", "--recipe", "demo"),
         *(*paths, *overrides),
         OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // num_ranks)),
+        DS_ACCELERATOR="cuda" if torch.cuda.is_available() else "cpu",  # DeepSpeed would guess the same, and warn
     )
 
 
