@@ -1,4 +1,5 @@
-"""What a run needs, before it is started: memory a GPU, time, images/s, and what fits. Needs no GPU and no data.
+"""What a run needs, before it is started: memory a GPU, time, images/s, what fits; and the clustering before.
+Needs no GPU and no data.
 
   mlcd plan --recipe vit_l_14 --gpus 80 --gpu a100-80gb
   mlcd plan --recipe vit_b_16 --gpus 8 --gpu h100 --zero 2 train.recompute=mlp
@@ -17,7 +18,10 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # run by path: this folder's names must not shadow top-level packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import torch
+
 from mlcd_ds import stage
+from mlcd_ds.clustering.memory import cluster_memory, predicted_seconds
 from mlcd_ds.config import Recipe, load_recipe, recipe_names, with_precision
 from mlcd_ds.engine.hardware import GPUS, Gpu
 from mlcd_ds.engine.layout import Layout, plan_batches
@@ -129,6 +133,20 @@ def page(recipe: Recipe, layout: Layout, num_centers: int, gpu_name: str, mfu: f
     return "\n".join(lines)
 
 
+def clustering_lines(num_images: int, num_centers: int, dim: int, num_ranks: int) -> list[str]:
+    """What `mlcd cluster` takes before the training, on the same GPUs."""
+    memory = cluster_memory(num_images, num_centers, dim, num_ranks, torch.device("cuda"), is_bf16=True)
+    time = predicted_seconds(num_images, num_centers, dim, num_ranks)
+    return [
+        "",
+        f"Clustering {num_images:,} x {dim} into {num_centers:,} centres, speeds assumed (docs/clustering.md)",
+        f"  {sum(memory.values()) / GIB:.2f} GiB a GPU; {num_images * dim * 2 / num_ranks / GIB:.1f} GiB of embeddings "
+        "are read by a rank in a pass",
+        f"  a pass {time['iteration_s']:.0f} s, its reading {time['reading_s']:.0f} s, collectives "
+        f"{time['collectives_s']:.1f} s; all iterations {time['all_h']:.2f} h",
+    ]
+
+
 def positive(text: str) -> int:
     """A whole number from 1 on."""
     if (value := int(text)) < 1:
@@ -148,6 +166,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--zero", type=int, choices=range(4), default=1, help="ZeRO stage (default: %(default)s)")
     parser.add_argument("--tensor-parallel", type=positive, default=1, help="ranks that share a layer (default: 1)")
     parser.add_argument("--num-centers", type=positive, default=1_000_000, help="classes (default: %(default)s)")
+    parser.add_argument("--num-images", type=positive, default=400_000_000, help="to cluster (default: %(default)s)")
+    parser.add_argument("--embedding-dim", type=positive, default=768, help="of the teacher (default: %(default)s)")
     parser.add_argument("--mfu", type=float, help="share of the peak that your runs reach, such as 0.41")
     return parser
 
@@ -156,7 +176,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the page."""
     recipe = with_precision(load_recipe(args.recipe, tuple(args.overrides)), "bf16")
     layout = Layout(args.gpus, args.tensor_parallel, args.zero)
-    stage.logger.info(page(recipe, layout, args.num_centers, args.gpu, args.mfu))
+    lines = clustering_lines(args.num_images, args.num_centers, args.embedding_dim, args.gpus)
+    stage.logger.info("\n".join([page(recipe, layout, args.num_centers, args.gpu, args.mfu), *lines]))
     return 0
 
 

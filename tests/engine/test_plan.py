@@ -47,6 +47,7 @@ def test_the_papers_job(capfd: pytest.CaptureFixture) -> None:
     text = told.out + told.err
     assert "batch 32800 = 80 x 5 x 82" in text and "80: fits" in text and "1250 sampled classes" in text
     assert "assumed" in text and "12.47 G images" in text
+    assert "Clustering 400,000,000 x 768 into 1,000,000 centres" in text and "a pass 38 s" in text
     recipe, layout, gpu = load_recipe("vit_l_14"), Layout(80, 1, 1), plan.GPUS["a100-80gb"]
     flops = plan.training_flops(recipe, "none")
     assert flops == pytest.approx(486e9, rel=0.01)  # shared by everyone who counts ViT-L/14 at 224 px
