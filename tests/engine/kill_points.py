@@ -21,6 +21,7 @@ from mlcd_ds.config import parse_recipe
 from mlcd_ds.distributed.deepspeed import choose_accelerator, fill_ds_config, initialize_engine, read_ds_config
 from mlcd_ds.distributed.launch import Launch, process_group
 from mlcd_ds.engine.checkpoint import Checkpointer
+from mlcd_ds.engine.layout import Layout
 from mlcd_ds.engine.optimizer import backbone_optimizer, head_optimizer
 from mlcd_ds.heads.groups import make_head_groups
 from mlcd_ds.heads.partial_fc import PartialFCHead
@@ -57,7 +58,7 @@ def child(out: Path, point: int, report: int) -> None:
         head.grad_LE.fill_(1)
         head.touched_L.fill_(1)
         optimizer.step(recipe.optimizer.lr)
-        checkpointer = Checkpointer(recipe, 1, engine, head, optimizer, group, {})
+        checkpointer = Checkpointer(recipe, Layout(1, 1, 1), engine, head, optimizer, group, {})
         step = checkpointer.resume()
         os.write(report, f"{point} {step} ".encode())
         left = point
