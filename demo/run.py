@@ -49,7 +49,8 @@ def pipeline(out: Path, overrides: list[str]) -> dict[str, dict]:
     train_index, test_index = out / "index" / "train", out / "index" / "test"
     stage("embed", "--index", train_index, "--encoder", TEACHER, "--out", out / "embeddings")
     stage("cluster", "--embeddings", out / "embeddings", "--num-centers", NUM_CENTERS, "--out", out / "clusters")
-    stage("assign", "--embeddings", out / "embeddings", "--clusters", out / "clusters", "--out", out / "labels")
+    clustered = ("--embeddings", out / "embeddings", "--clusters", out / "clusters", "--index", train_index)
+    stage("assign", *clustered, "--out", out / "labels")
     train(out, overrides)
     stage("export", "--run", out / "train", "--out", out / "export")
     encoders = {"pixels": "pixels", "untrained": "recipe:demo", "trained": out / "export", "teacher": TEACHER}
@@ -102,6 +103,7 @@ def show(out: Path, reports: dict[str, dict], minutes: float) -> None:
         f"top-1 in %, {len(classes)} classes, {test['num_train']} labelled images to learn from, "
         f"{test['num_test']} held out; {minutes:.1f} minutes",
         f"\nreport      {out / 'report.json'}, plot {out / 'report.png'}",
+        f"clusters    {out / 'labels/report.html'}: sizes, pictures, agreement with the classes",
         f"confusions  {out / 'evaluation'}/*/confusion.png",
         f"backbone    {out / 'export'} (transformers.CLIPVisionModel.from_pretrained)",
         f"TensorBoard .venv/bin/tensorboard --logdir {out / 'train'}, then open the address that it prints",
