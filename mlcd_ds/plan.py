@@ -62,10 +62,11 @@ def memory_gib(recipe: Recipe, layout: Layout, num_centers: int, micro_batch: in
             train.precision,
             recompute,
             phase.token_drop,
+            layout.tensor_parallel,
         )
         for phase in phases(recipe)
     )
-    parts["backbone: activations"] = activations * micro_batch // layout.tensor_parallel
+    parts["backbone: activations"] = activations * micro_batch
     shards = recipe.head.parallel_size or layout.num_ranks
     # A micro-batch's images of all ranks that share the classes.
     images = micro_batch * shards // layout.tensor_parallel

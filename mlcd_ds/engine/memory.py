@@ -8,7 +8,7 @@ import torch
 
 from mlcd_ds.engine.layout import Layout
 from mlcd_ds.models.layers import Recompute
-from mlcd_ds.models.noise import TrainingNoise
+from mlcd_ds.models.noise import TrainingNoise, num_kept
 from mlcd_ds.models.vit import ViT, ViTConfig, num_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,22 +32,28 @@ def state_bytes(config: ViTConfig, precision: str, layout: Layout) -> dict[str, 
     return {name: size // (ranks if layout.zero_stage >= stage else 1) for name, (size, stage) in parts.items()}
 
 
-def activation_bytes(config: ViTConfig, precision: str, recompute: Recompute, token_drop: float) -> int:
-    """Bytes that the forward pass of one image keeps for the backward pass.
+def activation_bytes(
+    config: ViTConfig, precision: str, recompute: Recompute, token_drop: float, tensor_parallel: int = 1
+) -> int:
+    """Bytes that the forward pass of one image keeps for the backward pass, on a rank.
 
-    Counted on models of one block and of two, for real: with flash attention, which keeps no [T, T] matrix.
+    Counted on models of one block and of two, for real: with flash attention, which keeps no [T, T] matrix. A
+    tensor-parallel group splits what lies between the layers of a pair; norms and sums are whole on each of its ranks.
     """
-    one, two = (
-        _kept_bytes(config.model_copy(update={"depth": depth}), precision, recompute, token_drop) for depth in (1, 2)
-    )
-    return one + (config.depth - 1) * (two - one)
+    one, two = (_kept_bytes(config.model_copy(update={"depth": depth}), recompute, token_drop) for depth in (1, 2))
+    tokens = num_kept(config.num_patches, token_drop, config.num_other_tokens) + config.num_other_tokens
+    attention, mlp = 4 * config.width, 2 * config.mlp_width  # q, k, v and what they give; before and after activation
+    split = tokens * {"none": attention + mlp, "mlp": attention, "block": 0}[recompute] * 4
+    kept = one + (config.depth - 1) * (two - one) - config.depth * split * (tensor_parallel - 1) // tensor_parallel
+    return kept * DTYPES[precision].itemsize // 4
 
 
 @functools.cache
-def _kept_bytes(config: ViTConfig, precision: str, recompute: Recompute, token_drop: float) -> int:
-    model = ViT(config).to(DTYPES[precision])
+def _kept_bytes(config: ViTConfig, recompute: Recompute, token_drop: float) -> int:
+    """In fp32, as CPUs take another path through attention in 16 bits."""
+    model = ViT(config)
     model.set_recompute(recompute)
-    images = torch.zeros(1, 3, config.image_size, config.image_size, dtype=DTYPES[precision])
+    images = torch.zeros(1, 3, config.image_size, config.image_size)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
 

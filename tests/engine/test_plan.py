@@ -17,18 +17,24 @@ CONFIG = ViTConfig(image_size=32, patch_size=8, width=32, depth=5, heads=2, mlp_
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
 @pytest.mark.parametrize("token_drop", [0.0, 0.5])
 def test_activations_of_two_blocks_tell_those_of_five(recompute: str, token_drop: float) -> None:
-    counted = _kept_bytes(CONFIG, "fp32", recompute, token_drop)
+    counted = _kept_bytes(CONFIG, recompute, token_drop)
     assert activation_bytes(CONFIG, "fp32", recompute, token_drop) == counted
     assert counted != activation_bytes(CONFIG.model_copy(update={"depth": 4}), "fp32", recompute, token_drop)
 
 
-def test_activations_of_a_block_by_hand() -> None:
-    """fp32, one block more: two norms, q, k, v, the attention's output and its logsumexp, the sum, the MLP."""
-    one, two = (_kept_bytes(CONFIG.model_copy(update={"depth": depth}), "fp32", "none", 0.0) for depth in (1, 2))
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("bf16", 2)])
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_activations_of_a_block_by_hand(precision: str, size: int, tensor_parallel: int) -> None:
+    """One block more: two norms, q, k, v, the attention's output and its logsumexp, the sum, the MLP."""
+    one, two = (
+        activation_bytes(CONFIG.model_copy(update={"depth": depth}), precision, "none", 0.0, tensor_parallel)
+        for depth in (1, 2)
+    )
     tokens, width = 17, 32
-    widths = 2 + 2 + 3 + 1 + 2 * 4  # norms' inputs and outputs, q k v, attention's output, MLP before and after
-    statistics = 2 * 2 * tokens * 4 + 2 * tokens * 4  # mean and deviation of two norms; logsumexp of two heads
-    assert two - one == pytest.approx(widths * tokens * width * 4 + statistics, rel=0.01)
+    whole, split = 2 + 2, 3 + 1 + 2 * 4  # norms' inputs and outputs; q k v, attention's output, MLP before and after
+    statistics = 2 * 2 * tokens + 2 * tokens  # mean and deviation of two norms; logsumexp of two heads
+    expected = ((whole + split / tensor_parallel) * tokens * width + statistics) * size
+    assert two - one == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize(("stage", "sharded"), [(0, 0), (1, 1), (2, 2), (3, 3)])
