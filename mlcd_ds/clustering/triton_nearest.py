@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mlcd_ds.clustering.assigners import Metric
 from mlcd_ds.heads.matmul import Matmul
+from mlcd_ds.heads.triton_product import tile_product
 
 BLOCK_ROWS = 8192  # rows whose maxima [b, J] exist at once
 MEMBER_BYTES = 2**28  # of the centres that are gathered at once
@@ -39,23 +40,20 @@ def tile_maxima_kernel(
     tile_b, tile_c = tl.program_id(0), tl.program_id(1)
     rows = tile_b * block_b + tl.arange(0, block_b)
     centers = tile_c * block_c + tl.arange(0, block_c)
-    features = tl.arange(0, block_e)
     is_row, is_center = rows < num_rows, centers < num_centers
-    rows64, centers64 = rows.to(tl.int64), centers.to(tl.int64)
-    scores = tl.zeros((block_b, block_c), dtype=tl.float32)
-    for first in range(0, num_features, block_e):
-        is_feature = first + features < num_features
-        row_part = tl.load(
-            rows_ptr + rows64[:, None] * num_features + first + features[None, :],
-            mask=is_row[:, None] & is_feature[None, :],
-            other=0.0,
-        )
-        center_part = tl.load(
-            centers_ptr + centers64[:, None] * num_features + first + features[None, :],
-            mask=is_center[:, None] & is_feature[None, :],
-            other=0.0,
-        )
-        scores = tl.dot(row_part, tl.trans(center_part), acc=scores, input_precision="ieee")
+    rows64 = rows.to(tl.int64)
+    scores = tile_product(
+        rows_ptr,
+        centers_ptr,
+        rows64,
+        centers.to(tl.int64),
+        num_rows,
+        num_centers,
+        num_features,
+        block_b,
+        block_c,
+        block_e,
+    )
     if has_halves:
         scores = scores - tl.load(halves_ptr + centers, mask=is_center, other=0.0)[None, :]
     scores = tl.where(is_center[None, :], scores, float("-inf"))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.matmul import Matmul
+from mlcd_ds.heads.triton_product import tile_product
 
 
 @triton.jit
@@ -39,23 +40,11 @@ def exp_block_kernel(
     tile_g, tile_s = tl.program_id(0), tl.program_id(1)
     images = tile_g * block_g + tl.arange(0, block_g)
     classes = tile_s * block_s + tl.arange(0, block_s)
-    features = tl.arange(0, block_e)
     is_image, is_class = images < num_images, classes < num_classes
     images64, classes64 = images.to(tl.int64), classes.to(tl.int64)
-    logits = tl.zeros((block_g, block_s), dtype=tl.float32)
-    for first in range(0, num_features, block_e):
-        is_feature = first + features < num_features
-        emb = tl.load(
-            emb_ptr + images64[:, None] * num_features + first + features[None, :],
-            mask=is_image[:, None] & is_feature[None, :],
-            other=0.0,
-        )
-        scaled = tl.load(
-            scaled_ptr + classes64[:, None] * num_features + first + features[None, :],
-            mask=is_class[:, None] & is_feature[None, :],
-            other=0.0,
-        )
-        logits = tl.dot(emb, tl.trans(scaled), acc=logits, input_precision="ieee")
+    logits = tile_product(
+        emb_ptr, scaled_ptr, images64, classes64, num_images, num_classes, num_features, block_g, block_s, block_e
+    )
     keep = is_image[:, None] & is_class[None, :]
     for label in tl.static_range(num_labels):
         slots = tl.load(slots_ptr + images64 * num_labels + label, mask=is_image, other=-1)
