@@ -16,8 +16,6 @@ fp32 over all rows, the same way for both, after the clock is stopped.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -30,7 +28,7 @@ import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
-from head import device_name, launch, peak_memory, seconds
+from head import launch, peak_memory, run_parts, seconds
 
 from mlcd_ds.clustering.assigners import choose_assigner
 from mlcd_ds.clustering.blockwise import BlockwiseAssigner
@@ -40,8 +38,7 @@ from mlcd_ds.clustering.kmeans import Clustering, Rules, kmeans, make_phases
 from mlcd_ds.clustering.memory import cluster_memory, predicted_seconds
 from mlcd_ds.clustering.repair import Repair
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.engine.checkpoint import git_commit
-from mlcd_ds.manifest import library_versions, record_of, write_manifest
+from mlcd_ds.manifest import record_of, write_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -280,23 +277,6 @@ PARTS: dict[str, Callable[[], dict]] = {
 }
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some of the parts")
-    arguments = parser.parse_args()
-    torch.set_num_threads(NUM_THREADS)
-    result: dict[str, object] = {}
-    for name in arguments.only:
-        figures = PARTS[name]()
-        result |= figures if name in ("mixture", "assign") else {name: figures}
-        sys.stdout.write(f"{name}: {json.dumps(figures, indent=1)}\n")
-        sys.stdout.flush()
-    result |= {"device": device_name(), "ranks": NUM_RANKS, "commit": git_commit(), "versions": library_versions()}
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(NUM_THREADS)
+    run_parts(__doc__, PARTS, flat=("mixture", "assign"))

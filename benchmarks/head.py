@@ -338,16 +338,16 @@ def device_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run_parts(description: str | None, parts: dict[str, Callable[[], dict]], flat: tuple[str, ...]) -> None:
+    """The command line of a benchmark in parts: measure, print, write. Figures of `flat` parts come without a name."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some of the parts")
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="some of the parts")
     arguments = parser.parse_args()
     result: dict[str, object] = {}
     for name in arguments.only:
-        figures = PARTS[name]()
-        result |= figures if name == "compare" else {name: figures}
+        figures = parts[name]()
+        result |= figures if name in flat else {name: figures}
         sys.stdout.write(f"{name}: {json.dumps(figures, indent=1)}\n")
         sys.stdout.flush()
     result |= {"device": device_name(), "ranks": NUM_RANKS, "commit": git_commit(), "versions": library_versions()}
@@ -356,4 +356,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS, flat=("compare",))

@@ -44,7 +44,10 @@ class Options(stage.StageOptions):
     num_labels: int = Field(8, ge=1, description="labels an image (the paper's best: 8)")
     threshold: float | None = Field(None, description="least similarity of a label after the first; default: none")
     assigner: AssignerName = Field("auto", description="what finds the nearest centres")
-    index: Path | None = Field(None, description="folder of `mlcd index`: the report then shows images, and classes")
+    index: Path | None = Field(
+        None,
+        description="folder of `mlcd index`: the report then shows images, and classes, for which it reads every .json",
+    )
     label_key: str = Field("label", description="key of the class in the samples' .json, for the report")
     precision: Precision = Field("auto", description="of the products; auto is bf16 where that is fast and work large")
 

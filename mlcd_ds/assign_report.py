@@ -13,9 +13,9 @@ from mlcd_ds.clustering.center_store import ClusterManifest
 from mlcd_ds.clustering.report import Extremes, agreement, size_figures
 from mlcd_ds.clustering.report_page import page, pictures, plots, thumbnail
 from mlcd_ds.data.label_store import LabelManifest
+from mlcd_ds.data.sample_labels import shard_labels
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
 from mlcd_ds.errors import UserError
-from mlcd_ds.evaluate import shard_labels
 from mlcd_ds.manifest import write_atomic, write_json
 from mlcd_ds.stage import Context
 

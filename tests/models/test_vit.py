@@ -155,6 +155,9 @@ def test_registers_are_tokens_without_a_place(positions: str) -> None:
     with torch.no_grad():
         model.embeddings.register_embedding.zero_()
     assert (model(images) - before).abs().max() > 1e-6, "they are seen"
+    if model.rotary is not None:
+        rotation = model.rotary(4)
+        assert (rotation.cosines[1:8] == 1).all() and (rotation.sines[1:8] == 0).all(), "registers are not turned"
     dropping = TrainingNoise(torch.arange(2), token_drop=0.5)
     assert model.forward_tokens(images, dropping).shape[1] == 16
     assert model.embeddings(images, None)[:, 1:8].abs().max() == 0, "behind the class token"
