@@ -1,13 +1,13 @@
-"""open_clip's layout: computed with torch's own joined attention, there and back."""
+"""open_clip's layout: a tower and its features that open_clip 3.3.0 wrote, and there and back."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from safetensors.torch import load_file
 
-from mlcd_ds.models.layers import activate
 from mlcd_ds.models.open_clip import from_open_clip, open_clip_config, to_open_clip
 from mlcd_ds.models.vit import ViT, ViTConfig
 
@@ -25,36 +25,18 @@ def model() -> ViT:
     return model.double().requires_grad_(False)
 
 
-def open_clip_forward(state: dict[str, Tensor], images: Tensor) -> Tensor:
-    """The tower as open_clip describes it: a convolution, torch's multi-head attention, a product with `proj`."""
-    w = {name.removeprefix("visual."): tensor for name, tensor in state.items()}
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)
-
-    x = F.conv2d(images, w["conv1.weight"], stride=CONFIG.patch_size).flatten(2).transpose(1, 2)
-    x = torch.cat([w["class_embedding"].expand(len(x), 1, -1), x], dim=1) + w["positional_embedding"]
-    x = norm(x, "ln_pre").transpose(0, 1)
-    for block in range(CONFIG.depth):
-        name = f"transformer.resblocks.{block}"
-        y = norm(x, f"{name}.ln_1")
-        in_proj = w[f"{name}.attn.in_proj_weight"], w[f"{name}.attn.in_proj_bias"]
-        out_proj = w[f"{name}.attn.out_proj.weight"], w[f"{name}.attn.out_proj.bias"]
-        args = (y, y, y, CONFIG.width, CONFIG.heads, *in_proj, None, None, False, 0.0, *out_proj)
-        x = x + F.multi_head_attention_forward(*args, training=False, need_weights=False)[0]
-        y = F.linear(norm(x, f"{name}.ln_2"), w[f"{name}.mlp.c_fc.weight"], w[f"{name}.mlp.c_fc.bias"])
-        y = activate(y, CONFIG.activation)
-        x = x + F.linear(y, w[f"{name}.mlp.c_proj.weight"], w[f"{name}.mlp.c_proj.bias"])
-    return norm(x[0], "ln_post") @ w["proj"]
-
-
-def test_the_tower_computes_the_same(model: ViT) -> None:
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    state = to_open_clip(model.state_dict(), CONFIG)
-    assert (open_clip_forward(state, images) - model(images)).abs().max() < 1e-12
+def test_the_features_are_open_clips() -> None:
+    tower = load_file(Path(__file__).parent / "data/open_clip_tower.safetensors")
+    images, features = tower.pop("images"), tower.pop("features")
+    config = CONFIG.model_copy(update={"width": 32, "mlp_width": 64})
+    model = ViT(config)
+    model.load_state_dict(from_open_clip(tower, config))
+    assert (model(images) - features).abs().max() < 1e-5
+    again = to_open_clip(model.state_dict(), config)
+    assert again.keys() == tower.keys() and all(torch.equal(again[name], tower[name]) for name in tower)
     joined = "visual.transformer.resblocks.0.attn.in_proj_weight"
-    state[joined] = state[joined].roll(48, 0)  # k, q, v
-    assert (open_clip_forward(state, images) - model(images)).abs().max() > 1e-3
+    model.load_state_dict(from_open_clip(tower | {joined: tower[joined].roll(32, 0)}, config))  # k, q, v
+    assert (model(images) - features).abs().max() > 1e-3
 
 
 def test_there_and_back(model: ViT) -> None:
