@@ -77,6 +77,7 @@ def _run_rank(folder: Path, rank: int, num_ranks: int) -> None:
             world_size=num_ranks,
             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
         )
+        dist.all_reduce(torch.zeros(1))  # all are connected: a rank that ends early would break the others' connecting
         result = function(Group(dist.group.WORLD), *args)
         (folder / f"result{rank}").write_bytes(pickle.dumps(result))
         dist.destroy_process_group()

@@ -92,6 +92,7 @@ def process_group(launch: Launch, timeout_s: float = DEFAULT_TIMEOUT_S) -> Itera
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, "env://", rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    dist.all_reduce(torch.zeros(1))  # one that ends at once, on a bad option, would break the connecting of the others
     try:
         yield Group(dist.group.WORLD)
     except BaseException:

@@ -38,7 +38,7 @@ def backbone_optimizer(model: ViT, config: OptimizerConfig) -> torch.optim.Optim
         described.append(group)
     if config.name == "muon":
         return muon_optimizer([group | {"use_muon": "momentum" in group} for group in described])
-    return torch.optim.AdamW(described)
+    return torch.optim.AdamW(described, fused=True)  # the others keep two more copies of the gradients in a step
 
 
 def _layer(name: str, depth: int) -> int:
