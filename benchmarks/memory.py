@@ -1,10 +1,11 @@
-"""What a training step takes in memory, against what `mlcd plan` predicts for it.
+"""The peak of a training step's memory, against what `mlcd plan` predicts for it.
 
   python benchmarks/memory.py [--json FILE]
 
-A process of its own for each layout: a ViT-B/16 in DeepSpeed's engine on one rank, two steps. Measured is the growth of
-the peak from before the model is built to after the steps: of the GPU's allocator, or of the resident memory on a CPU.
-Predicted are the planner's backbone parts. `measured_over_plan` is their ratio.
+The whole trainer (loader, ViT-S/16 in the engine, head) for two steps, in processes of their own for each layout, on
+the demo's index and labels (`make demo`, or its first stages). Measured is the peak of torch's allocator: CUDA's own
+count, or the profiler's on a CPU, where attention is given in 16 bits, as GPUs have it. What the allocator does not
+see (CUDA itself, NCCL, DALI) is not in it. `measured_over_plan` is their ratio, without the head.
 """
 
 from __future__ import annotations
@@ -12,91 +13,153 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
-from mlcd_ds.config import OptimizerConfig
-from mlcd_ds.distributed.deepspeed import initialize_engine, step_engine
-from mlcd_ds.distributed.launch import detect_launch, process_group
+from mlcd_ds.config import load_recipe, with_precision
+from mlcd_ds.distributed.deepspeed import gradient_bucket_elements, read_ds_config, stated_precision
+from mlcd_ds.distributed.launch import detect_launch, device_of, process_group
 from mlcd_ds.engine.checkpoint import git_commit
-from mlcd_ds.engine.layout import Layout
-from mlcd_ds.engine.memory import DTYPES, activation_bytes, state_bytes
-from mlcd_ds.engine.optimizer import backbone_optimizer
+from mlcd_ds.engine.layout import Layout, plan_batches
+from mlcd_ds.engine.memory import training_memory
+from mlcd_ds.engine.trainer import Trainer
+from mlcd_ds.heads.memory import head_memory
 from mlcd_ds.manifest import library_versions
-from mlcd_ds.models.vit import ViT, ViTConfig
+from mlcd_ds.models import layers
+from mlcd_ds.train import open_data, read_layout, resolve_ds_config
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BATCH = 128 if DEVICE.type == "cuda" else 12
-VIT = ViTConfig(image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_width=3072, embed_dim=512)
-LAYOUTS = [
-    ("fp32", 0, "none"),
-    ("fp32", 1, "none"),
-    ("bf16", 1, "none"),
-    ("bf16", 2, "none"),
-    ("bf16", 3, "none"),
-    ("bf16", 1, "mlp"),
-    ("bf16", 1, "block"),
-]
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = (
+    *("model.image_size=224", "model.patch_size=16", "model.width=384", "model.depth=12", "model.heads=6"),
+    *("model.mlp_width=1536", "train.global_batch=32", "train.token_drop=0", "optimizer.warmup_steps=1"),
+)
+HALVES = "train.micro_batch_per_rank=8"
+ONE_RANK = (
+    ("zero0_bf16",),
+    ("zero1_bf16",),
+    ("zero1_bf16", "train.token_drop=0.5"),
+    ("zero1_bf16", "train.recompute=mlp"),
+    ("zero1_bf16", "train.recompute=block"),
+    ("zero1_fp16",),
+    ("zero1_fp32_cpu",),
+)
+TWO_RANKS = (
+    ("zero1_bf16",),
+    ("zero1_bf16", HALVES),
+    ("zero2_bf16", HALVES),
+    ("zero3_bf16",),
+    ("zero3_bf16", HALVES),
+    ("tp2_zero1_bf16",),
+    ("tp2_zero3_bf16", "train.recompute=mlp"),
+)
 
 
-def peak_bytes() -> int:
-    """The largest memory so far."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated(DEVICE)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def allocator_peak(record: profile) -> int:
+    """The largest number of bytes that torch had given out on the CPU."""
+
+    def peak(events: list) -> int:
+        largest = 0
+        for event in events:
+            if event.tag == torch._C._profiler._EventType.Allocation:
+                largest = max(largest, event.extra_fields.total_allocated)
+            largest = max(largest, peak(event.children))
+        return largest
+
+    return peak(record.profiler.kineto_results.experimental_event_tree())
 
 
-def predicted_bytes(precision: str, stage: int, recompute: str) -> int:
-    """The planner's backbone parts for one rank."""
-    states = sum(state_bytes(VIT, precision, Layout(1, 1, stage)).values())
-    return states + BATCH * activation_bytes(VIT, precision, recompute, 0.0)
+def measure(name: str, *overrides: str) -> None:
+    """In a rank's process: print the peak of two steps, and the planner's parts."""
+    os.chdir(ROOT)
+    path, launch = Path("ds_configs", f"{name}.json"), detect_launch()
+    device = device_of(launch)
+    config = read_ds_config(path)
+    recipe = with_precision(load_recipe("demo", (*MODEL, *overrides)), stated_precision(config, path))
+    if "fp16" in config:
+        config["fp16"]["initial_scale_power"] = 4  # no step is to be left out
+    layout: Layout = read_layout(config, path, launch.world_size)
+    with process_group(launch) as group, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        if device.type == "cpu":
+            layers.attend = F.scaled_dot_product_attention
+        batches_plan = plan_batches(recipe, layout, group.rank)
+        ds_config = resolve_ds_config(config, path, recipe, layout, batches_plan)
+        index, labels = open_data(recipe, group)
+        trainer = Trainer(recipe, ds_config, layout, index, labels, group, device)
+        batches = trainer.batches(0)
+        for step in range(2):
+            trainer.step(step, batches)
+        batches.close()
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else allocator_peak(record)
+    plan = training_memory(
+        recipe.model,
+        recipe.train.precision,
+        layout,
+        batches_plan.micro_batch,
+        recompute=recipe.train.recompute,
+        token_drop=recipe.train.token_drop,
+        is_accumulated=batches_plan.num_micro_batches > 1,
+        bucket_elements=gradient_bucket_elements(config, path),
+    )
+    images = batches_plan.micro_batch * layout.data_parallel
+    plan["head"] = head_memory(
+        launch.world_size, labels.num_centers, recipe.model.embed_dim, images, recipe.objective.num_labels or 8
+    )["state"]
+    if launch.is_main:
+        sys.stdout.write(json.dumps({"measured": peak, "plan": plan}) + "\n")
+        sys.stdout.flush()
+    os._exit(0)
 
 
-def measure(precision: str, stage: int, recompute: str) -> None:
-    """In a process of its own: print the growth of the peak over two steps."""
-    predicted_bytes(precision, stage, recompute)  # its own models come before the baseline
-    config = {"train_batch_size": BATCH, "zero_optimization": {"stage": stage}, "gradient_clipping": 5.0}
-    config |= {"bf16": {"enabled": precision == "bf16"}, "steps_per_print": 10**9}
-    with process_group(detect_launch()):
-        images = torch.zeros(BATCH, 3, VIT.image_size, VIT.image_size, device=DEVICE, dtype=DTYPES[precision])
-        before = peak_bytes()
-        model = ViT(VIT)
-        model.init_weights(torch.Generator().manual_seed(0))
-        model.set_recompute(recompute)
-        optimizer = backbone_optimizer(model, OptimizerConfig(lr=1e-4, warmup_steps=0))
-        engine = initialize_engine(model.to(DEVICE), optimizer, config)
-        for _ in range(2):
-            engine.backward(engine(images).float().square().mean())
-            step_engine(engine)
-        sys.stdout.write(f"{peak_bytes() - before}\n")
+def run(num_ranks: int, arguments: tuple[str, ...]) -> dict[str, object]:
+    """Start the ranks; the figures of the first."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    place = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--layout", *arguments],
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONWARNINGS": "ignore"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+    told = [rank.communicate()[0] for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        raise SystemExit(f"{arguments} on {num_ranks} ranks failed")
+    found = json.loads(told[0].splitlines()[-1])
+    plan = sum(found["plan"].values())
+    parts = {f"plan_mib_{name.replace(' ', '_')}": round(size / 2**20, 1) for name, size in found["plan"].items()}
+    return {
+        "measured_over_plan": round(found["measured"] / plan, 3),
+        "measured_mib": round(found["measured"] / 2**20, 1),
+        **parts,
+    }
 
 
 def main() -> None:
     """Measure each layout, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--layout", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--layout", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.layout:
-        precision, stage, recompute = arguments.layout
-        return measure(precision, int(stage), recompute)
+        return measure(*arguments.layout)
     result: dict[str, object] = {}
-    for precision, stage, recompute in LAYOUTS:
-        command = [sys.executable, __file__, "--layout", precision, str(stage), recompute]
-        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        measured, predicted = int(done.stdout.split()[-1]), predicted_bytes(precision, stage, recompute)
-        result[f"{precision}, ZeRO {stage}, recompute {recompute}"] = {
-            "measured_over_plan": measured / predicted,
-            "measured_mib": measured / 2**20,
-            "plan_mib": predicted / 2**20,
-        }
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    result |= {"device": DEVICE.type, "batch": BATCH, "commit": git_commit(), "versions": library_versions()}
+    is_cuda = torch.cuda.is_available()
+    for num_ranks, layouts in ((1, ONE_RANK), (2, TWO_RANKS)):
+        for layout in layouts if num_ranks == 1 or not is_cuda or torch.cuda.device_count() > 1 else ():
+            name = f"{', '.join(layout)} on {num_ranks}"
+            result[name] = run(num_ranks, layout)
+            sys.stdout.write(f"{name}: {json.dumps(result[name])}\n")
+            sys.stdout.flush()
+    result |= {"device": "cuda" if is_cuda else "cpu", "commit": git_commit(), "versions": library_versions()}
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return None

@@ -3,16 +3,18 @@ Needs no GPU and no data.
 
   mlcd plan --recipe vit_l_14 --gpus 80 --gpu a100-80gb
   mlcd plan --recipe vit_b_16 --gpus 8 --gpu h100 --zero 2 train.recompute=mlp
+  mlcd plan --recipe vit_bigg_14 --gpus 256 --deepspeed_config ds_configs/tp2_zero3_bf16.json
 
-Memory follows from shapes: weights, gradients and states under ZeRO, activations counted on two real blocks, the head
-by the formulas of docs/head.md. Time follows from the operations of forward and backward and an *assumed* share of the
-GPU's peak (--mfu): measure yours, and give it.
+Memory follows from shapes: what ZeRO keeps, activations counted on two real blocks, the head by the formulas of
+docs/head.md; docs/design.md compares it with what was measured. Time follows from the operations of forward and
+backward and an *assumed* share of the GPU's peak (--mfu): measure yours, and give it.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:  # run by path: this folder's names must not shadow top-level packages
@@ -23,9 +25,16 @@ import torch
 from mlcd_ds import stage
 from mlcd_ds.clustering.memory import cluster_memory, predicted_seconds
 from mlcd_ds.config import Recipe, load_recipe, recipe_names, with_precision
+from mlcd_ds.distributed.deepspeed import (
+    check_zero_section,
+    gradient_bucket_elements,
+    read_ds_config,
+    stated_precision,
+    tensor_parallel_size,
+)
 from mlcd_ds.engine.hardware import GPUS, Gpu
 from mlcd_ds.engine.layout import Layout, plan_batches
-from mlcd_ds.engine.memory import activation_bytes, state_bytes
+from mlcd_ds.engine.memory import training_memory
 from mlcd_ds.engine.phases import phases
 from mlcd_ds.heads.class_shards import class_range
 from mlcd_ds.heads.memory import head_memory
@@ -35,6 +44,7 @@ from mlcd_ds.models.noise import num_kept
 from mlcd_ds.models.vit import flops_per_image
 
 GIB = 2**30
+BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 50_000_000}  # as in ds_configs/
 RUNTIME_GIB = 2.0  # CUDA's and NCCL's own, and what the allocator cannot use: assumed
 RECOMPUTES: tuple[Recompute, ...] = ("none", "mlp", "block")
 
@@ -52,67 +62,83 @@ def training_flops(recipe: Recipe, recompute: Recompute) -> float:
     return total / recipe.train.steps
 
 
-def memory_gib(recipe: Recipe, layout: Layout, num_centers: int, micro_batch: int, recompute: Recompute) -> dict:
-    """GiB on one GPU, by what takes it."""
-    train = recipe.train
-    parts = {f"backbone: {k}": v for k, v in state_bytes(recipe.model, train.precision, layout).items()}
-    activations = max(
-        activation_bytes(
-            recipe.model.model_copy(update={"image_size": phase.image_size}),
-            train.precision,
-            recompute,
-            phase.token_drop,
-            layout.tensor_parallel,
+@dataclass(frozen=True)
+class Job:
+    """What is planned: a recipe on GPUs in a layout; with so many elements of DeepSpeed's buckets of gradients."""
+
+    recipe: Recipe
+    layout: Layout
+    gpu_name: str
+    num_centers: int
+    bucket_elements: int
+
+    @property
+    def gpu(self) -> Gpu:
+        """The kind of GPU."""
+        return GPUS[self.gpu_name]
+
+    def memory_gib(self, micro_batch: int, recompute: Recompute) -> dict[str, float]:
+        """GiB on one GPU, by what takes it."""
+        recipe, layout = self.recipe, self.layout
+        backbones = (
+            training_memory(
+                recipe.model.model_copy(update={"image_size": phase.image_size}),
+                recipe.train.precision,
+                layout,
+                micro_batch,
+                recompute=recompute,
+                token_drop=phase.token_drop,
+                is_accumulated=micro_batch * layout.data_parallel < recipe.train.global_batch,
+                bucket_elements=self.bucket_elements,
+            )
+            for phase in phases(recipe)
         )
-        for phase in phases(recipe)
-    )
-    parts["backbone: activations"] = activations * micro_batch
-    shards = recipe.head.parallel_size or layout.num_ranks
-    # A micro-batch's images of all ranks that share the classes.
-    images = micro_batch * shards // layout.tensor_parallel
-    head = head_memory(shards, num_centers, recipe.model.embed_dim, images, recipe.objective.num_labels or 8)
-    parts["head: state"] = head.pop("state")
-    parts["head: during a step"] = sum(head.values())
-    return {name: size / GIB for name, size in parts.items()} | {"runtime (assumed)": RUNTIME_GIB}
+        fullest = max(backbones, key=lambda parts: sum(parts.values()))
+        parts = {f"backbone: {name}": size for name, size in fullest.items()}
+        shards = recipe.head.parallel_size or layout.num_ranks
+        # A micro-batch's images of all ranks that share the classes.
+        images = micro_batch * shards // layout.tensor_parallel
+        head = head_memory(shards, self.num_centers, recipe.model.embed_dim, images, recipe.objective.num_labels or 8)
+        parts["head: state"] = head.pop("state")
+        parts["head: during a step"] = sum(head.values())
+        return {name: size / GIB for name, size in parts.items()} | {"runtime (assumed)": RUNTIME_GIB}
+
+    def largest_micro_batch(self, recompute: Recompute) -> int:
+        """The largest micro-batch that fits, of those that divide a rank's part of the batch; 0 when none does."""
+        per_rank = self.recipe.train.global_batch // self.layout.data_parallel
+        fitting = [0]
+        for count in (n for n in range(1, per_rank + 1) if per_rank % n == 0):
+            if sum(self.memory_gib(count, recompute).values()) <= self.gpu.memory_gib:
+                fitting.append(count)
+        return fitting[-1]
 
 
-def largest_micro_batch(recipe: Recipe, layout: Layout, num_centers: int, gpu: Gpu, recompute: Recompute) -> int:
-    """The largest micro-batch that fits, of those that divide a rank's part of the batch; 0 when none does."""
-    per_rank = recipe.train.global_batch // layout.data_parallel
-    fitting = [0]
-    for count in (n for n in range(1, per_rank + 1) if per_rank % n == 0):
-        if sum(memory_gib(recipe, layout, num_centers, count, recompute).values()) > gpu.memory_gib:
-            break
-        fitting.append(count)
-    return fitting[-1]
-
-
-def page(recipe: Recipe, layout: Layout, num_centers: int, gpu_name: str, mfu: float | None) -> str:
+def page(job: Job, mfu: float | None) -> str:
     """The whole plan as text."""
-    gpu, train = GPUS[gpu_name], recipe.train
+    recipe, layout, gpu, train = job.recipe, job.layout, job.gpu, job.recipe.train
     batches = plan_batches(recipe, layout, 0)
     micro_batch, per_rank = batches.micro_batch, train.global_batch // layout.data_parallel
-    parts = memory_gib(recipe, layout, num_centers, micro_batch, train.recompute)
+    parts = job.memory_gib(micro_batch, train.recompute)
     total = sum(parts.values())
     flops = training_flops(recipe, train.recompute)
     share = mfu or gpu.usual_mfu
     step_s = flops * per_rank / layout.tensor_parallel / (gpu.peak_tflops * 1e12 * share)
-    classes = class_range(num_centers, recipe.head.parallel_size or layout.num_ranks, 0)
+    classes = class_range(job.num_centers, recipe.head.parallel_size or layout.num_ranks, 0)
     sampled = num_sampled(classes, recipe.head.sample_rate)
     head_flops = 8 * train.global_batch * sampled * recipe.model.embed_dim
     lines = [
-        f"{layout.num_ranks} x {gpu_name}, ZeRO {layout.zero_stage}, tensor parallel {layout.tensor_parallel}, "
+        f"{layout.num_ranks} x {job.gpu_name}, ZeRO {layout.zero_stage}, tensor parallel {layout.tensor_parallel}, "
         f"{train.precision}; batch {train.global_batch} = {layout.data_parallel} x {per_rank // micro_batch} x "
         f"{micro_batch}; recompute {train.recompute}",
         "",
         "Memory a GPU, GiB",
-        *(f"  {name:28}{size:8.2f}" for name, size in parts.items()),
-        f"  {'total':28}{total:8.2f} of {gpu.memory_gib:.0f}: {'fits' if total <= gpu.memory_gib else 'DOES NOT FIT'}",
+        *(f"  {name:32}{size:8.2f}" for name, size in parts.items()),
+        f"  {'total':32}{total:8.2f} of {gpu.memory_gib:.0f}: {'fits' if total <= gpu.memory_gib else 'DOES NOT FIT'}",
         "",
         "Largest micro-batch that fits, images",
     ]
     for recompute in RECOMPUTES:
-        count = largest_micro_batch(recipe, layout, num_centers, gpu, recompute)
+        count = job.largest_micro_batch(recompute)
         slower = training_flops(recipe, recompute) / training_flops(recipe, "none")
         lines.append(
             f"  train.recompute={recompute:6} {count:6}   {slower:.2f} x the operations"
@@ -129,7 +155,7 @@ def page(recipe: Recipe, layout: Layout, num_centers: int, gpu_name: str, mfu: f
     ]
     if total > gpu.memory_gib:
         lines += ["", "To make it fit: a micro-batch of the table above (train.micro_batch_per_rank), or recompute."]
-    elif largest_micro_batch(recipe, layout, num_centers, gpu, train.recompute) > micro_batch:
+    elif job.largest_micro_batch(train.recompute) > micro_batch:
         lines += ["", "There is room for a larger train.micro_batch_per_rank: fewer, larger products and collectives."]
     return "\n".join(lines)
 
@@ -164,8 +190,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", default="vit_l_14", help=f"name or file (there are {', '.join(recipe_names())})")
     parser.add_argument("--gpus", type=positive, default=80, help="how many (default: %(default)s)")
     parser.add_argument("--gpu", choices=GPUS, default="a100-80gb", help="which (default: %(default)s)")
-    parser.add_argument("--zero", type=int, choices=range(4), default=1, help="ZeRO stage (default: %(default)s)")
-    parser.add_argument("--tensor-parallel", type=positive, default=1, help="ranks that share a layer (default: 1)")
+    layout = parser.add_mutually_exclusive_group()
+    layout.add_argument("--deepspeed_config", type=Path, help="of the run (ours: ds_configs/)")
+    layout.add_argument("--zero", type=int, choices=range(4), default=1, help="ZeRO stage (default: %(default)s)")
+    parser.add_argument("--tensor-parallel", type=positive, help="ranks that share a layer (default: the file's, or 1)")
     parser.add_argument("--num-centers", type=positive, default=1_000_000, help="classes (default: %(default)s)")
     parser.add_argument("--num-images", type=positive, default=400_000_000, help="to cluster (default: %(default)s)")
     parser.add_argument("--embedding-dim", type=positive, default=768, help="of the teacher (default: %(default)s)")
@@ -175,10 +203,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Print the page."""
-    recipe = with_precision(load_recipe(args.recipe, tuple(args.overrides)), "bf16")
-    layout = Layout(args.gpus, args.tensor_parallel, args.zero)
+    path = args.deepspeed_config or Path(f"ZeRO {args.zero}")
+    config: dict = {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": args.zero, **BUCKETS}}
+    if args.deepspeed_config:
+        config = read_ds_config(path)
+    if args.tensor_parallel:
+        config["tensor_parallel"] = {"autotp_size": args.tensor_parallel}
+    recipe = with_precision(load_recipe(args.recipe, tuple(args.overrides)), stated_precision(config, path))
+    layout = Layout(args.gpus, tensor_parallel_size(config, path), check_zero_section(config, path))
+    job = Job(recipe, layout, args.gpu, args.num_centers, gradient_bucket_elements(config, path))
     lines = clustering_lines(args.num_images, args.num_centers, args.embedding_dim, args.gpus)
-    stage.logger.info("\n".join([page(recipe, layout, args.num_centers, args.gpu, args.mfu), *lines]))
+    stage.logger.info("\n".join([page(job, args.mfu), *lines]))
     return 0
 
 

@@ -90,6 +90,17 @@ def choose_accelerator() -> None:
 
 def check_zero_section(config: dict[str, Any], path: Path) -> int:
     """Validate `zero_optimization` by DeepSpeed's own model; returns the stage."""
+    return int(_zero_section(config, path).stage)
+
+
+def gradient_bucket_elements(config: dict[str, Any], path: Path) -> int:
+    """Elements of the buckets in which gradients are reduced, all together."""
+    section = _zero_section(config, path)
+    is_double = section.overlap_comm and section.stage in (1, 2)  # one is filled while the other travels
+    return int(section.reduce_bucket_size) * (2 if is_double else 1)
+
+
+def _zero_section(config: dict[str, Any], path: Path) -> Any:
     choose_accelerator()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
@@ -99,7 +110,7 @@ def check_zero_section(config: dict[str, Any], path: Path) -> int:
     section = config.get("zero_optimization", {})
     _check_section(section, path, "zero_optimization")
     try:
-        return int(DeepSpeedZeroConfig(**section).stage)
+        return DeepSpeedZeroConfig(**section)
     except ValidationError as error:
         raise UserError(f"{path}: zero_optimization: {first_problem(error)}.") from None
 

@@ -7,8 +7,9 @@ import torch
 
 from mlcd_ds import plan
 from mlcd_ds.config import load_recipe
+from mlcd_ds.engine.activations import Activations, count_kept_bytes
 from mlcd_ds.engine.layout import Layout
-from mlcd_ds.engine.memory import _kept_bytes, activation_bytes, state_bytes
+from mlcd_ds.engine.memory import training_memory
 from mlcd_ds.models.vit import ViT, ViTConfig, num_parameters
 
 CONFIG = ViTConfig(image_size=32, patch_size=8, width=32, depth=5, heads=2, mlp_width=128, embed_dim=16)
@@ -17,9 +18,10 @@ CONFIG = ViTConfig(image_size=32, patch_size=8, width=32, depth=5, heads=2, mlp_
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
 @pytest.mark.parametrize("token_drop", [0.0, 0.5])
 def test_activations_of_two_blocks_tell_those_of_five(recompute: str, token_drop: float) -> None:
-    counted = _kept_bytes(CONFIG, recompute, token_drop)
-    assert activation_bytes(CONFIG, "fp32", recompute, token_drop) == counted
-    assert counted != activation_bytes(CONFIG.model_copy(update={"depth": 4}), "fp32", recompute, token_drop)
+    counted = count_kept_bytes(CONFIG, recompute, token_drop)
+    assert Activations(CONFIG, "fp32", recompute, token_drop).kept_bytes == counted
+    shorter = CONFIG.model_copy(update={"depth": 4})
+    assert counted != Activations(shorter, "fp32", recompute, token_drop).kept_bytes
 
 
 @pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("bf16", 2)])
@@ -27,7 +29,7 @@ def test_activations_of_two_blocks_tell_those_of_five(recompute: str, token_drop
 def test_activations_of_a_block_by_hand(precision: str, size: int, tensor_parallel: int) -> None:
     """One block more: two norms, q, k, v, the attention's output and its logsumexp, the sum, the MLP."""
     one, two = (
-        activation_bytes(CONFIG.model_copy(update={"depth": depth}), precision, "none", 0.0, tensor_parallel)
+        Activations(CONFIG.model_copy(update={"depth": depth}), precision, tensor_parallel=tensor_parallel).kept_bytes
         for depth in (1, 2)
     )
     tokens, width = 17, 32
@@ -37,14 +39,46 @@ def test_activations_of_a_block_by_hand(precision: str, size: int, tensor_parall
     assert two - one == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize(("stage", "sharded"), [(0, 0), (1, 1), (2, 2), (3, 3)])
-def test_states_under_zero(stage: int, sharded: int) -> None:
+def test_what_the_backward_pass_adds() -> None:
+    """Two gradients in the MLP; with recomputation what the block had left out, which is all but its input."""
+    tokens, width = 17, 32
+    mlp = 2 * 4 * tokens * width * 4
+    assert Activations(CONFIG, "fp32").backward_bytes == mlp
+    plain, short = (Activations(CONFIG, "fp32", recompute).kept_bytes for recompute in ("none", "block"))
+    left_out = (plain - short) / CONFIG.depth
+    assert Activations(CONFIG, "fp32", "block").backward_bytes == pytest.approx(left_out + mlp, rel=1e-3)
+    assert Activations(CONFIG, "fp32", "mlp").backward_bytes < left_out + mlp
+    assert Activations(CONFIG, "fp32", tensor_parallel=2).backward_bytes == mlp // 2
+
+
+# Bytes a parameter on 4 data-parallel ranks: weights, states, and gradients with their buckets or copies at the fullest
+# moment, which is the optimizer's step or the end of the backward pass when there are no images.
+STATES = [
+    ("fp32", 0, False, 4, 8, 4 + 4),  # reduced in flat buckets
+    ("bf16", 0, False, 4 + 2, 8, 4 + 4),  # autocast: weights in both
+    ("fp16", 0, False, 2, 12, 2 + 4),
+    ("bf16", 1, False, 2, 3, 0.5 + 0.5 + 1),  # of a rank's part: gradients, a copy, and one in fp32
+    ("bf16", 1, True, 2, 3, 2 + 1),  # whole gradients between micro-batches
+    ("bf16", 2, True, 2, 3, 0.5 + 0.5 + 1),
+    ("fp32", 1, False, 4, 3, 1 + 2),
+    ("bf16", 3, False, 0.5 + 2 + 2, 3, 0.5 + 1 + 1.5),  # gathered, and once more in the collective; the bucket stays
+]
+
+
+@pytest.mark.parametrize(("precision", "stage", "is_accumulated", "weights", "states", "gradients"), STATES)
+def test_states_under_zero(
+    precision: str, stage: int, is_accumulated: bool, weights: float, states: float, gradients: float
+) -> None:
     with torch.device("meta"):
-        count = num_parameters(ViT(CONFIG))
-    sizes = state_bytes(CONFIG, "bf16", Layout(8, 2, stage))
-    whole = {"optimizer states": count // 2 * 12, "gradients": count // 2 * 2, "weights": count // 2 * 2}
-    for number, (name, size) in enumerate(whole.items(), start=1):
-        assert sizes[name] == (size // 4 if number <= sharded else size), name
+        count = num_parameters(ViT(CONFIG)) // 2
+    elements = count if stage == 0 else count // 2
+    parts = training_memory(
+        CONFIG, precision, Layout(8, 2, stage), 0, is_accumulated=is_accumulated, bucket_elements=elements
+    )
+    assert parts["weights"] == pytest.approx(count * weights, rel=1e-3)
+    assert parts["optimizer states"] == pytest.approx(count * states, rel=1e-3)
+    others = sum(size for name, size in parts.items() if "gradients" in name)
+    assert others == pytest.approx(count * gradients, rel=1e-3)
 
 
 def test_the_papers_job(capfd: pytest.CaptureFixture) -> None:
@@ -54,12 +88,20 @@ def test_the_papers_job(capfd: pytest.CaptureFixture) -> None:
     assert "batch 32800 = 80 x 5 x 82" in text and "80: fits" in text and "1250 sampled classes" in text
     assert "assumed" in text and "12.47 G images" in text
     assert "Clustering 400,000,000 x 768 into 1,000,000 centres" in text and "a pass 38 s" in text
-    recipe, layout, gpu = load_recipe("vit_l_14"), Layout(80, 1, 1), plan.GPUS["a100-80gb"]
-    flops = plan.training_flops(recipe, "none")
-    assert flops == pytest.approx(486e9, rel=0.01)  # shared by everyone who counts ViT-L/14 at 224 px
-    largest = plan.largest_micro_batch(recipe, layout, 10**6, gpu, "none")
-    parts = plan.memory_gib(recipe, layout, 10**6, largest, "none")
-    assert sum(parts.values()) <= 80 < sum(plan.memory_gib(recipe, layout, 10**6, 2 * largest, "none").values())
+    job = plan.Job(load_recipe("vit_l_14"), Layout(80, 1, 1), "a100-80gb", 10**6, 10**8)
+    assert plan.training_flops(job.recipe, "none") == pytest.approx(486e9, rel=0.01)  # as all count ViT-L/14 at 224 px
+    largest = job.largest_micro_batch("none")
+    assert sum(job.memory_gib(largest, "none").values()) <= 80 < sum(job.memory_gib(2 * largest, "none").values())
+
+
+@pytest.mark.parametrize("name", ["zero1_bf16", "zero2_bf16", "zero3_bf16"])
+def test_a_file_of_ours_is_planned_as_its_stage(capfd: pytest.CaptureFixture, name: str) -> None:
+    assert plan.main(["--deepspeed_config", f"ds_configs/{name}.json"]) == 0
+    of_file = "".join(capfd.readouterr())
+    assert plan.main(["--zero", name[4]]) == 0
+    assert "".join(capfd.readouterr()) == of_file and f"ZeRO {name[4]}" in of_file
+    assert plan.main(["--deepspeed_config", "ds_configs/tp2_zero1_bf16.json"]) == 0
+    assert "ZeRO 1, tensor parallel 2" in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize(
