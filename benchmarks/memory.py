@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,17 +62,29 @@ TWO_RANKS = (
 
 
 def allocator_peak(record: profile) -> int:
-    """The largest number of bytes that torch had given out on the CPU."""
+    """The largest number of bytes that torch had given out on the CPU.
 
-    def peak(events: list) -> int:
-        largest = 0
-        for event in events:
-            if event.tag == torch._C._profiler._EventType.Allocation:
-                largest = max(largest, event.extra_fields.total_allocated)
-            largest = max(largest, peak(event.children))
-        return largest
+    Added up here: the profiler's own sum misses what threads of gloo give back, and an address that is given out again
+    was given back.
+    """
+    given_out: dict[int, int] = {}
+    total = largest = 0
+    for event in sorted(_allocations(record.profiler.kineto_results.experimental_event_tree()), key=_time):
+        fields = event.extra_fields
+        total += max(fields.alloc_size, 0) - given_out.pop(fields.ptr, 0)
+        if fields.alloc_size > 0:
+            given_out[fields.ptr] = fields.alloc_size
+        largest = max(largest, total)
+    return largest
 
-    return peak(record.profiler.kineto_results.experimental_event_tree())
+
+def _allocations(events: list) -> list:
+    found = [event for event in events if event.tag == torch._C._profiler._EventType.Allocation]
+    return found + [inner for event in events for inner in _allocations(event.children)]
+
+
+def _time(event: Any) -> int:
+    return event.start_time_ns
 
 
 def measure(name: str, *overrides: str) -> None:
