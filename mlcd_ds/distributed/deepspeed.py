@@ -17,7 +17,6 @@ from torch import nn
 
 from mlcd_ds.errors import UserError
 
-ENGINE_TAG = "engine"
 # What may stand at the top of a ds_configs file. Optimizer and schedule belong to the recipe.
 KNOWN_KEYS = frozenset(
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping fp16 bf16 "
@@ -198,40 +197,3 @@ def _gradient_norm(engine: Any) -> torch.Tensor:
     squares = split.square()
     torch.distributed.all_reduce(squares, group=engine.mpu.get_model_parallel_group())
     return (whole.square() + squares).sqrt()
-
-
-def save_engine(engine: Any, folder: Path) -> None:
-    """Every rank writes its part of the engine's state below `folder`. Collective."""
-    engine.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
-
-
-def load_engine(engine: Any, folder: Path) -> None:
-    """Restore the engine's state, reading tensors and DeepSpeed's own four plain classes, and no other pickles.
-
-    Collective. The number of ranks must be that of the saving run.
-    """
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    class SafeCheckpointEngine(TorchCheckpointEngine):
-        def load(self, path: str, map_location: Any = None) -> Any:
-            with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
-                return torch.load(path, map_location=map_location, weights_only=True)
-
-    engine.checkpoint_engine = SafeCheckpointEngine()
-    path, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG, load_lr_scheduler_states=False)
-    if path is None:  # DeepSpeed would go on with random weights
-        raise UserError(f"{folder} holds no state of the engine. Remove it to resume from an older checkpoint.")
-
-
-def full_fp32_parameters(engine: Any) -> dict[str, torch.Tensor]:
-    """The backbone's fp32 master weights on the CPU, whichever way ZeRO shards them. Collective."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        master = safe_get_full_fp32_param(parameter)  # None when ZeRO does not manage the parameter
-        weights[name] = (parameter if master is None else master).detach().float().cpu().contiguous().clone()
-    return weights

@@ -1,8 +1,9 @@
 """Checkpoints of a run: written beside, renamed when whole, checked before they are read.
 
-RUN/checkpoints/step_00000100/ holds DeepSpeed's state (engine/), the head by class range, the backbone's fp32 weights
-for evaluation and export, and checkpoint.json, which names every file with its checksum. A kill at any moment leaves
-the previous checkpoint as it was.
+RUN/checkpoints/step_00000100/ holds the backbone's fp32 weights (for evaluation and export, too), the optimizer's
+moments, the head by class range, and checkpoint.json, which names every file with its checksum. Nothing in it depends
+on the layout: another number of ranks, ZeRO stage or size of groups goes on from it. A kill at any moment leaves the
+previous checkpoint as it was.
 """
 
 from __future__ import annotations
@@ -13,15 +14,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-
 from mlcd_ds.config import Recipe
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.distributed.deepspeed import full_fp32_parameters, load_engine, save_engine
+from mlcd_ds.distributed.engine_state import EngineState
 from mlcd_ds.engine.layout import Layout
-from mlcd_ds.engine.tensor_parallel import whole_weights
+from mlcd_ds.engine.training_state import load_training_state, save_training_state
 from mlcd_ds.engine.weights import (
-    BACKBONE_NAME,
     CHECKPOINT_NAME,
     CHECKPOINTS,
     CheckpointManifest,
@@ -31,7 +29,7 @@ from mlcd_ds.engine.weights import (
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.partial_fc import PartialFCHead
 from mlcd_ds.heads.state import load_head, save_head
-from mlcd_ds.manifest import FileRecord, fsync_folder, library_versions, record_of, write_atomic, write_json
+from mlcd_ds.manifest import FileRecord, fsync_folder, library_versions, record_of, write_json
 
 
 def git_commit() -> str | None:
@@ -58,7 +56,7 @@ class Checkpointer:
         inputs: dict[str, str],
     ) -> None:
         self._recipe, self._layout, self._group, self._inputs = recipe, layout, group, inputs
-        self._engine, self._head, self._head_optimizer = engine, head, head_optimizer
+        self._state, self._head, self._head_optimizer = EngineState(engine), head, head_optimizer
         self._folder = recipe.train.out / CHECKPOINTS
         self._git_commit = git_commit()
 
@@ -95,11 +93,8 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self._group.barrier()
-        save_engine(self._engine, partial)
+        save_training_state(partial, self._state, self._group, self._head.groups.tensor)
         save_head(partial, self._head, self._head_optimizer)
-        weights = whole_weights(full_fp32_parameters(self._engine), self._head.groups.tensor)
-        if self._group.is_main:
-            write_atomic(partial / BACKBONE_NAME, lambda file: file.write(save(weights)))
         self._group.barrier()
         records = self._records(partial)
         if self._group.is_main:
@@ -109,6 +104,8 @@ class Checkpointer:
                 zero_stage=self._layout.zero_stage,
                 tensor_parallel=self._layout.tensor_parallel,
                 num_classes=self._head.classes.num_classes,
+                num_updates=self._state.num_updates,
+                loss_scale=self._state.loss_scale,
                 inputs=self._inputs,
                 recipe=self._recipe.model_dump(mode="json"),
                 files=records,
@@ -141,26 +138,12 @@ class Checkpointer:
         folder = folders[-1]
         manifest = read_checkpoint(folder)
         self._check(folder, manifest)
-        load_engine(self._engine, folder)
+        tensor_group = self._head.groups.tensor
+        load_training_state(folder, self._state, tensor_group, manifest.num_updates, manifest.loss_scale)
         load_head(folder, self._head, self._head_optimizer)
         return manifest.step
 
     def _check(self, folder: Path, manifest: CheckpointManifest) -> None:
-        if self._layout.zero_stage != manifest.zero_stage:
-            raise UserError(
-                f"{folder} was saved under ZeRO {manifest.zero_stage}, the DeepSpeed config says "
-                f"{self._layout.zero_stage}."
-            )
-        if self._layout.tensor_parallel != manifest.tensor_parallel:
-            raise UserError(
-                f"{folder} was saved by tensor-parallel groups of {manifest.tensor_parallel}, "
-                f"tensor_parallel.autotp_size is {self._layout.tensor_parallel}."
-            )
-        if self._group.size != manifest.num_ranks:
-            raise UserError(
-                f"{folder} was saved by {manifest.num_ranks} ranks, {self._group.size} were started. Start "
-                f"{manifest.num_ranks}, or choose another train.out."
-            )
         for role, fingerprint in self._inputs.items():
             if manifest.inputs.get(role) != fingerprint:
                 raise UserError(

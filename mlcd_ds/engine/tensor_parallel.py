@@ -36,16 +36,17 @@ def split_dim(name: str) -> int | None:
     return 1 if layer in SPLIT_BY_INPUT and kind == "weight" else None
 
 
-def whole_weights(weights: dict[str, Tensor], group: Group | None) -> dict[str, Tensor]:
-    """Put the parts of a tensor-parallel group together. Collective: an all-gather a split parameter."""
-    if group is None:
-        return weights
-    whole = {}
-    for name, part in weights.items():
-        dim = split_dim(name)
-        if dim is None:
-            whole[name] = part
-            continue
-        parts = group.all_gather(part[None].contiguous())
-        whole[name] = torch.cat(list(parts), dim=dim)
-    return whole
+def whole(name: str, part: Tensor, group: Group | None) -> Tensor:
+    """A parameter (or a moment of it) from the parts of a tensor-parallel group. Collective: an all-gather."""
+    dim = split_dim(name)
+    if group is None or dim is None:
+        return part
+    return torch.cat(list(group.all_gather(part[None].contiguous())), dim=dim)
+
+
+def own_part(name: str, tensor: Tensor, group: Group | None) -> Tensor:
+    """This rank's part of a whole parameter: what `whole` puts together."""
+    dim = split_dim(name)
+    if group is None or dim is None:
+        return tensor
+    return tensor.chunk(group.size, dim)[group.rank].contiguous()

@@ -31,8 +31,10 @@ class CheckpointManifest(Frozen):
     step: int
     num_ranks: int
     zero_stage: int
-    tensor_parallel: int = 1
+    tensor_parallel: int
     num_classes: int
+    num_updates: int
+    loss_scale: dict[str, float]
     inputs: dict[str, str]
     recipe: dict
     files: dict[str, FileRecord]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from training_runs import DS_CONFIG, tiny_recipe
 from mlcd_ds.config import parse_recipe
 from mlcd_ds.distributed.deepspeed import choose_accelerator, fill_ds_config, initialize_engine, read_ds_config
 from mlcd_ds.distributed.launch import Launch, process_group
+from mlcd_ds.engine import training_state
 from mlcd_ds.engine.checkpoint import Checkpointer
 from mlcd_ds.engine.layout import Layout
 from mlcd_ds.engine.optimizer import backbone_optimizer, head_optimizer
+from mlcd_ds.heads import state as head_state
 from mlcd_ds.heads.groups import make_head_groups
 from mlcd_ds.heads.partial_fc import PartialFCHead
 from mlcd_ds.models.vit import ViT
@@ -39,11 +42,24 @@ def is_change(event: str, args: tuple[Any, ...], folder: str) -> bool:
     return event in CHANGES and folder in str(args[0])
 
 
+def torn_first(save_file: Callable[..., None]) -> Callable[..., None]:
+    """safetensors writes without an audit event: so a part is written before, and told of."""
+
+    def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        path.write_bytes(b"torn")
+        sys.audit("open", str(path), "wb", os.O_WRONLY)
+        save_file(tensors, path)
+
+    return save
+
+
 def child(out: Path, point: int, report: int) -> None:
     """Resume, then save the next step and die at its `point`-th write."""
     content = tiny_recipe(Path("index"), Path("labels"))
     content["train"] |= {"out": str(out), "keep_checkpoints": 1}
     recipe = parse_recipe(yaml.safe_load(yaml.safe_dump(content)), "kill points")
+    for module in (training_state, head_state):
+        module.save_file = torn_first(module.save_file)
     with process_group(Launch(0, 0, 1, 1, "single")) as group:
         backbone = ViT(recipe.model)
         backbone.init_weights(torch.Generator().manual_seed(0))

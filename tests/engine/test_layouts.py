@@ -21,9 +21,10 @@ from mlcd_ds.config import Recipe, parse_recipe
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.distributed.deepspeed import full_fp32_parameters, read_ds_config
+from mlcd_ds.distributed.deepspeed import read_ds_config
+from mlcd_ds.distributed.engine_state import EngineState
 from mlcd_ds.engine.layout import Layout, check_layout, plan_batches
-from mlcd_ds.engine.tensor_parallel import whole_weights
+from mlcd_ds.engine.tensor_parallel import whole
 from mlcd_ds.engine.trainer import Trainer
 from mlcd_ds.errors import UserError
 from mlcd_ds.train import read_layout, resolve_ds_config
@@ -64,7 +65,8 @@ def train(
         result = trainer.step(step, batches)
         curve.append([float(result.loss), float(result.backbone_grad_norm), float(result.head_grad_norm)])
     batches.close()
-    weights = whole_weights(full_fp32_parameters(trainer.engine), trainer.head.groups.tensor)
+    state, tensor_group = EngineState(trainer.engine), trainer.head.groups.tensor
+    weights = {name: whole(name, state.get(name), tensor_group).clone() for name in state.names}
     trainer.engine.destroy()
     return torch.tensor(curve, dtype=torch.float64), weights
 

@@ -138,7 +138,8 @@ def run_cases(group: Group, cases: dict[str, Case]) -> dict[str, dict[str, Tenso
         head.grad_LE.zero_(), head.touched_L.zero_()
         head.host_may_wait = False  # the form of a GPU: static shapes
         output = head(emb_GE[mine], labels_GP[mine])
-        results[name]["static"] = (output.loss, output.emb_grad_BE, head.grad_LE, head.touched_L)
+        results[name]["static"] = (output.loss, output.emb_grad_BE, head.grad_LE.clone(), head.touched_L.clone())
+        results[name]["static, known bad"] = head(emb_GE[mine], labels_GP[mine].roll(1, 0)).loss
     return results
 
 
@@ -245,6 +246,8 @@ def test_static_shapes_give_the_same(name: str, num_ranks: int) -> None:
         assert_close("gradient of the embeddings", emb_grad, rank["emb_grad_BE"], GRAD_TOLERANCE)
         assert_close("gradient of the centres", weight_grad, rank["weight_grad_LE"], GRAD_TOLERANCE)
         assert torch.equal(touched, rank["touched_L"]) and touched.any()
+        if name not in ("all images have the same labels", "no labels at all"):
+            assert_differs("labels of other images", rank["static, known bad"], rank["loss"], LOSS_TOLERANCE)
 
 
 def test_the_cases_hold_what_they_promise() -> None:
