@@ -164,9 +164,13 @@ def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config
 
         deepspeed.init_distributed(dist_init_required=False)
         mpu._init_tp_mesh_device(tensor_model_parallel_size=size)  # or the batch would be shared over all ranks
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # each step sets it; see below
     engine, _, _, _ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
     )
+    if hasattr(engine.optimizer, "fp32_groups"):  # fp16 without ZeRO: DeepSpeed made a step without gradients
+        engine.optimizer.optimizer.state.clear()
     return engine
 
 
