@@ -4,7 +4,8 @@
 
 Forward, backward and AdamW of the same shape on the same machine, in turn in one run; ratios are medians over rounds.
 
-  step_time_ratio_vs_fastest_peer   ours over transformers' CLIPVisionModel (its attention: sdpa, and eager)
+  step_time_ratio_vs_fastest_peer   ours over transformers' CLIPVisionModel (its attention: sdpa, and eager), and over
+                                    open_clip's and timm's ViT where they are installed (both need torchvision)
   token_drop_speedup                without over with half of the patches dropped
   engine_overhead                   (step with DeepSpeed, head and loader) / (bare forward, backward and AdamW) - 1
 """
@@ -12,6 +13,7 @@ Forward, backward and AdamW of the same shape on the same machine, in turn in on
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -82,10 +84,36 @@ def ratio(times: dict[str, list[float]], over: str, under: str) -> float:
     return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
 
 
-def peers() -> dict[str, float]:
-    """Ours, ours with half of the patches, and transformers'."""
+def installed_peers() -> dict[str, nn.Module]:
+    """ViTs of the same shape, from images to one embedding, of the libraries that are installed."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
+    class Pooled(nn.Module):
+        def __init__(self, attention: str) -> None:
+            super().__init__()
+            self.model = CLIPVisionModel(CLIPVisionConfig(**vision_config(VIT), attn_implementation=attention))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.model(images).pooler_output
+
+    found: dict[str, nn.Module] = {f"transformers_{attention}": Pooled(attention) for attention in ("sdpa", "eager")}
+    mlp_ratio = VIT.mlp_width / VIT.width
+    if importlib.util.find_spec("open_clip"):
+        from open_clip.transformer import QuickGELU, VisionTransformer
+
+        shape = (VIT.image_size, VIT.patch_size, VIT.width, VIT.depth, VIT.heads, mlp_ratio)
+        found["open_clip"] = VisionTransformer(*shape, output_dim=VIT.embed_dim, act_layer=QuickGELU)
+    if importlib.util.find_spec("timm"):
+        from timm.models.vision_transformer import VisionTransformer as TimmViT
+
+        shape = dict(img_size=VIT.image_size, patch_size=VIT.patch_size, embed_dim=VIT.width, depth=VIT.depth)
+        shape |= dict(num_heads=VIT.heads, mlp_ratio=mlp_ratio, num_classes=0, pre_norm=True)
+        found["timm"] = TimmViT(**shape, act_layer="quick_gelu")
+    return found
+
+
+def peers() -> dict[str, float]:
+    """Ours, ours with half of the patches, and the others'."""
     images = torch.randn(BATCH, 3, VIT.image_size, VIT.image_size, device=DEVICE, dtype=DTYPE)
     keys = torch.arange(BATCH, device=DEVICE)
 
@@ -99,12 +127,10 @@ def peers() -> dict[str, float]:
         "ours": training_step(whole, lambda: whole.forward_features(images)),
         "ours_half": training_step(dropping, lambda: dropping.forward_features(images, TrainingNoise(keys, 0.0, 0.5))),
     }
-    for attention in ("sdpa", "eager"):
-        theirs = CLIPVisionModel(CLIPVisionConfig(**vision_config(VIT), attn_implementation=attention))
-        theirs = theirs.to(DEVICE, DTYPE)
-        steps[f"transformers_{attention}"] = training_step(theirs, lambda m=theirs: m(images).pooler_output)
+    others = {name: model.to(DEVICE, DTYPE) for name, model in installed_peers().items()}
+    steps |= {name: training_step(model, lambda m=model: m(images)) for name, model in others.items()}
     times = in_turn(steps)
-    against = {name: ratio(times, "ours", name) for name in times if name.startswith("transformers")}
+    against = {name: ratio(times, "ours", name) for name in others}
     return {
         "step_time_ratio_vs_fastest_peer": max(against.values()),
         **{f"step_time_ratio_vs_{name}": value for name, value in against.items()},

@@ -22,6 +22,7 @@ from mlcd_ds.data.dali import EncodedBatch, ImageDecoder, PixelFormat
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.order import SampleOrder
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
+from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.manifest import Frozen
 
 
@@ -47,19 +48,34 @@ class LabelledBatch:
     labels_BP: Tensor
     keys_B: Tensor
 
+    def of_all(self, group: Group) -> LabelledBatch:
+        """The shares of all ranks, in rank order. Three all-gathers."""
+        return LabelledBatch(*(group.all_gather(share) for share in (self.images_B3SS, self.labels_BP, self.keys_B)))
+
 
 @dataclass(frozen=True)
 class StreamSlice:
-    """Which part of the global batch this rank loads: its streams one after the other, cut into micro-batches."""
+    """Which part of the global batch this rank trains on: its streams one after the other, cut into micro-batches.
+
+    Ranks that train on the same images may load a share of them each: number `share` of `num_shares` equal ones.
+    """
 
     streams: tuple[int, ...]
     samples_per_stream_step: int  # of one optimizer step
     num_micro_batches: int
+    share: int = 0
+    num_shares: int = 1
 
     @property
     def micro_batch(self) -> int:
         """Images of a micro-batch on this rank."""
         return len(self.streams) * self.samples_per_stream_step // self.num_micro_batches
+
+    @property
+    def loaded(self) -> slice:
+        """Those of a micro-batch that this rank loads."""
+        size = self.micro_batch // self.num_shares
+        return slice(self.share * size, (self.share + 1) * size)
 
     def spans(self, micro_batch: int) -> list[tuple[int, int, int]]:
         """Stream, first sample (from the beginning of training) and count of each part of a micro-batch.
@@ -96,7 +112,7 @@ class TrainLoader:
         self._augment, self._device, self._prefetch = augment, device, prefetch
         self._reader = ShardReader(index)
         self._decoder = ImageDecoder(
-            part.micro_batch, pixels, device, num_threads, changes_colors=augment.changes_colors
+            part.micro_batch // part.num_shares, pixels, device, num_threads, changes_colors=augment.changes_colors
         )
         self.wait_s = 0.0
 
@@ -131,9 +147,9 @@ class TrainLoader:
                     future.cancel()
 
     def _read(self, micro_batch: int) -> tuple[EncodedBatch, np.ndarray, np.ndarray]:
-        """Bytes and draws, labels and keys of this rank's part of a micro-batch."""
+        """Bytes and draws, labels and keys of what this rank loads of a micro-batch."""
         parts = [self._order.global_ids(*span) for span in self._part.spans(micro_batch)]
-        ids, epochs = (np.concatenate(column) for column in zip(*parts, strict=True))
+        ids, epochs = (np.concatenate(column)[self._part.loaded] for column in zip(*parts, strict=True))
         shards, rows = self._order.locate(ids)
         samples = [self._index.samples(int(shard)) for shard in shards]
         images = [self._reader.read(int(s), t.image, int(r)) for s, t, r in zip(shards, samples, rows, strict=True)]

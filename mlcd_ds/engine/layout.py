@@ -66,6 +66,8 @@ def plan_batches(recipe: Recipe, layout: Layout, rank: int) -> StreamSlice:
             f"train.micro_batch_per_rank {micro_batch} does not divide the {per_rank} images a rank "
             f"(train.global_batch {batch} on {ranks} data-parallel ranks): take {near}."
         )
-    place = layout.data_rank(rank)
+    place, size = layout.data_rank(rank), layout.tensor_parallel
     mine = tuple(range(place * streams // ranks, (place + 1) * streams // ranks))
-    return StreamSlice(mine, batch // streams, per_rank // micro_batch)
+    # Where a group cannot share the loading of its images evenly, each of its ranks loads them all.
+    share, num_shares = (rank % size, size) if micro_batch % size == 0 else (0, 1)
+    return StreamSlice(mine, batch // streams, per_rank // micro_batch, share, num_shares)

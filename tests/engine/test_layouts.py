@@ -171,3 +171,13 @@ def test_what_cannot_be_is_refused_with_its_numbers(tiny_data: TinyData) -> None
         (2, 3),
         (2, 3),
     ]
+
+
+def test_a_group_shares_the_loading_of_its_images(tiny_data: TinyData) -> None:
+    layout = Layout(4, 2, 1)
+    plans = [plan_batches(make_recipe(tiny_data, 2, 2), layout, rank) for rank in range(4)]
+    assert [plan.streams for plan in plans] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+    assert [plan.micro_batch for plan in plans] == [6] * 4
+    assert [plan.loaded for plan in plans] == [slice(0, 3), slice(3, 6)] * 2
+    plans = [plan_batches(make_recipe(tiny_data, 4, 2), layout, rank) for rank in range(4)]
+    assert [plan.loaded for plan in plans] == [slice(0, 3)] * 4, "three images are no two equal shares"
