@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from mlcd_ds.config import load_recipe, with_precision
-from mlcd_ds.distributed.deepspeed import gradient_bucket_elements, read_ds_config, stated_precision
+from mlcd_ds.distributed.deepspeed import read_ds_config, stated_precision, zero_buffers
 from mlcd_ds.distributed.launch import detect_launch, device_of, process_group
 from mlcd_ds.engine.checkpoint import git_commit
 from mlcd_ds.engine.layout import Layout, plan_batches
@@ -117,7 +117,7 @@ def measure(name: str, *overrides: str) -> None:
         recompute=recipe.train.recompute,
         token_drop=recipe.train.token_drop,
         is_accumulated=batches_plan.num_micro_batches > 1,
-        bucket_elements=gradient_bucket_elements(config, path),
+        buffers=zero_buffers(config, path),
     )
     images = batches_plan.micro_batch * layout.data_parallel
     plan["head"] = head_memory(

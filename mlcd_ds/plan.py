@@ -5,9 +5,9 @@ Needs no GPU and no data.
   mlcd plan --recipe vit_b_16 --gpus 8 --gpu h100 --zero 2 train.recompute=mlp
   mlcd plan --recipe vit_bigg_14 --gpus 256 --deepspeed_config ds_configs/tp2_zero3_bf16.json
 
-Memory follows from shapes: what ZeRO keeps, activations counted on two real blocks, the head by the formulas of
-docs/head.md; docs/design.md compares it with what was measured. Time follows from the operations of forward and
-backward and an *assumed* share of the GPU's peak (--mfu): measure yours, and give it.
+Memory follows from shapes: what ZeRO keeps for AdamW (Muon keeps less), activations counted on two real blocks, the
+head by the formulas of docs/head.md; docs/design.md compares it with what was measured. Time follows from the
+operations of forward and backward and an *assumed* share of the GPU's peak (--mfu): measure yours, and give it.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ from mlcd_ds import stage
 from mlcd_ds.clustering.memory import cluster_memory, predicted_seconds
 from mlcd_ds.config import Recipe, load_recipe, recipe_names, with_precision
 from mlcd_ds.distributed.deepspeed import (
+    ZeroBuffers,
     check_zero_section,
-    gradient_bucket_elements,
     read_ds_config,
     stated_precision,
     tensor_parallel_size,
+    zero_buffers,
 )
 from mlcd_ds.engine.hardware import GPUS, Gpu
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.memory import training_memory
 from mlcd_ds.engine.phases import phases
+from mlcd_ds.errors import UserError
 from mlcd_ds.heads.class_shards import class_range
 from mlcd_ds.heads.memory import head_memory
 from mlcd_ds.heads.sampling import num_sampled
@@ -64,13 +66,13 @@ def training_flops(recipe: Recipe, recompute: Recompute) -> float:
 
 @dataclass(frozen=True)
 class Job:
-    """What is planned: a recipe on GPUs in a layout; with so many elements of DeepSpeed's buckets of gradients."""
+    """What is planned: a recipe on GPUs in a layout."""
 
     recipe: Recipe
     layout: Layout
     gpu_name: str
     num_centers: int
-    bucket_elements: int
+    buffers: ZeroBuffers
 
     @property
     def gpu(self) -> Gpu:
@@ -89,7 +91,7 @@ class Job:
                 recompute=recompute,
                 token_drop=phase.token_drop,
                 is_accumulated=micro_batch * layout.data_parallel < recipe.train.global_batch,
-                bucket_elements=self.bucket_elements,
+                buffers=self.buffers,
             )
             for phase in phases(recipe)
         )
@@ -209,9 +211,11 @@ def run(args: argparse.Namespace) -> int:
         config = read_ds_config(path)
     if args.tensor_parallel:
         config["tensor_parallel"] = {"autotp_size": args.tensor_parallel}
+    if "offload_param" in config.get("zero_optimization", {}):
+        raise UserError(f"{path}: what zero_optimization.offload_param saves is not planned: leave it out here.")
     recipe = with_precision(load_recipe(args.recipe, tuple(args.overrides)), stated_precision(config, path))
     layout = Layout(args.gpus, tensor_parallel_size(config, path), check_zero_section(config, path))
-    job = Job(recipe, layout, args.gpu, args.num_centers, gradient_bucket_elements(config, path))
+    job = Job(recipe, layout, args.gpu, args.num_centers, zero_buffers(config, path))
     lines = clustering_lines(args.num_images, args.num_centers, args.embedding_dim, args.gpus)
     stage.logger.info("\n".join([page(job, args.mfu), *lines]))
     return 0

@@ -61,6 +61,7 @@ FREE_KEYS = (
     "data.index",
     "data.labels",
     "data.num_threads",
+    "head.parallel_size",
     "train.out",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -106,6 +107,8 @@ def resolve_ds_config(config: dict, path: Path, recipe: Recipe, layout: Layout, 
     """The DeepSpeed config with everything that the recipe says filled in."""
     precision = recipe.train.precision
     source = f"train.precision={precision} in the recipe"
+    if recipe.optimizer.name == "muon" and "grad_accum_dtype" in config.get("data_types", {}):
+        raise UserError(f"{path}: data_types.grad_accum_dtype is not for optimizer.name muon: leave it out.")
     # In bf16 DeepSpeed's stage 0 has no fp32 copy of the weights, and small updates are lost: autocast keeps one.
     is_autocast = precision == "bf16" and layout.zero_stage == 0
     if is_autocast:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ KNOWN_KEYS = frozenset(
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping fp16 bf16 "
     "zero_optimization zero_allow_untested_optimizer communication_data_type prescale_gradients "
     "gradient_predivide_factor data_types steps_per_print wall_clock_breakdown memory_breakdown comms_logger "
-    "flops_profiler activation_checkpointing checkpoint tensor_parallel compile torch_autocast dump_state "
+    "flops_profiler activation_checkpointing tensor_parallel compile torch_autocast dump_state "
     "disable_allgather aio graph_harvesting".split()
 )
 ELSEWHERE = {
@@ -92,11 +93,22 @@ def check_zero_section(config: dict[str, Any], path: Path) -> int:
     return int(_zero_section(config, path).stage)
 
 
-def gradient_bucket_elements(config: dict[str, Any], path: Path) -> int:
-    """Elements of the buckets in which gradients are reduced, all together."""
+@dataclass(frozen=True)
+class ZeroBuffers:
+    """Elements of what ZeRO keeps beside weights, gradients and states: its buckets of gradients, all together; and at
+    stage 3 the most weights that are gathered at a time, and those of one collective."""
+
+    gradients: int = 0
+    live: int = 0
+    prefetched: int = 0
+
+
+def zero_buffers(config: dict[str, Any], path: Path) -> ZeroBuffers:
+    """The buffers that a DeepSpeed file asks for."""
     section = _zero_section(config, path)
     is_double = section.overlap_comm and section.stage in (1, 2)  # one is filled while the other travels
-    return int(section.reduce_bucket_size) * (2 if is_double else 1)
+    gradients = int(section.reduce_bucket_size) * (2 if is_double else 1)
+    return ZeroBuffers(gradients, int(section.max_live_parameters), int(section.prefetch_bucket_size))
 
 
 def _zero_section(config: dict[str, Any], path: Path) -> Any:
@@ -109,9 +121,18 @@ def _zero_section(config: dict[str, Any], path: Path) -> Any:
     section = config.get("zero_optimization", {})
     _check_section(section, path, "zero_optimization")
     try:
-        return DeepSpeedZeroConfig(**section)
+        checked = DeepSpeedZeroConfig(**section)
     except ValidationError as error:
         raise UserError(f"{path}: zero_optimization: {first_problem(error)}.") from None
+    if checked.round_robin_gradients:  # DeepSpeed 0.19 then tells other parameters' weights and moments
+        raise UserError(f"{path}: zero_optimization.round_robin_gradients would spoil checkpoints: leave it out.")
+    if checked.offload_optimizer and checked.offload_optimizer.device != "none":
+        raise UserError(f"{path}: zero_optimization.offload_optimizer needs DeepSpeed's own AdamW: leave it out.")
+    if checked.offload_param and checked.offload_param.device == "nvme":
+        raise UserError(
+            f"{path}: zero_optimization.offload_param must have device cpu: nvme is not read by checkpoints."
+        )
+    return checked
 
 
 def stated_precision(config: dict[str, Any], path: Path) -> str:

@@ -130,9 +130,11 @@ class EngineState:
             zero.checkpoint_event_epilogue()
 
     def _scaler(self) -> Any:
+        """What holds the loss scale, where it is dynamic."""
         if not self._engine.fp16_enabled():
             return None
-        return getattr(self._zero, "loss_scale_config", None) or self._zero.loss_scaler
+        scaler = getattr(self._zero, "loss_scale_config", None) or self._zero.loss_scaler
+        return scaler if getattr(scaler, "dynamic_loss_scale", hasattr(scaler, "cur_iter")) else None
 
     def _groups(self) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
         """Number of a parameter group, the group, and each fp32 tensor that the optimizer steps on."""

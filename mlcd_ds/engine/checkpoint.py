@@ -124,6 +124,7 @@ class Checkpointer:
             descriptor = os.open(folder / name, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
+            os.chmod(folder / name, folder.stat().st_mode & 0o666)  # safetensors leaves them to their owner alone
             mine[name] = record_of(folder / name)
         return {name: record for part in self._group.gather_objects(mine) for name, record in part.items()}
 
@@ -139,7 +140,7 @@ class Checkpointer:
         manifest = read_checkpoint(folder)
         self._check(folder, manifest)
         tensor_group = self._head.groups.tensor
-        load_training_state(folder, self._state, tensor_group, manifest.num_updates, manifest.loss_scale)
+        load_training_state(folder, self._state, tensor_group, manifest)
         load_head(folder, self._head, self._head_optimizer)
         return manifest.step
 
@@ -149,6 +150,11 @@ class Checkpointer:
                 raise UserError(
                     f"{folder} was trained on other {role} than data.{role} names now: choose another train.out."
                 )
+        if manifest.num_updates is None:
+            raise UserError(
+                f"{folder} was saved by an earlier version, whose optimizer state this one does not read. It can be "
+                "evaluated and exported; to go on from its weights, export it, and start a new run --init-from that."
+            )
         names = sorted(manifest.files)
         bad = [n for n in names[self._group.rank :: self._group.size] if not _is_whole(folder / n, manifest.files[n])]
         bad = [name for part in self._group.gather_objects(bad) for name in part]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from mlcd_ds.distributed.deepspeed import ZeroBuffers
 from mlcd_ds.engine.activations import Activations
 from mlcd_ds.engine.layout import Layout
 from mlcd_ds.models.layers import Recompute
 from mlcd_ds.models.vit import ViT, ViTConfig, num_parameters
-
-# Of ZeRO 3, DeepSpeed's defaults: parameters that are gathered at a time, and those of one collective.
-MAX_LIVE_PARAMETERS, PREFETCH_ELEMENTS = 10**9, 5 * 10**7
 
 
 def training_memory(
@@ -22,14 +20,13 @@ def training_memory(
     recompute: Recompute = "none",
     token_drop: float = 0.0,
     is_accumulated: bool = False,
-    bucket_elements: int = 0,
+    buffers: ZeroBuffers = ZeroBuffers(),  # noqa: B008  frozen
 ) -> dict[str, int]:
     """Bytes of a rank at the fullest moment of a step with AdamW, by what takes them: their sum is the peak.
 
-    `is_accumulated`: a step has several micro-batches. `bucket_elements`: of DeepSpeed's buckets of gradients, all
-    together. ZeRO's sharding is arXiv 1910.02054's, figure 1; the rest is what DeepSpeed 0.19 was seen to keep
-    (benchmarks/memory.py): an fp32 copy of the weights from stage 1 on, even of fp32 weights; whole gradients between
-    the micro-batches at stage 1; copies of the gradients in the optimizer's step.
+    `is_accumulated`: a step has several micro-batches. ZeRO's sharding is arXiv 1910.02054's, figure 1; the rest is
+    what DeepSpeed 0.19 was seen to keep (benchmarks/memory.py): an fp32 copy of the weights from stage 1 on, even of
+    fp32 weights; whole gradients between the micro-batches at stage 1; copies of the gradients in the optimizer's step.
     """
     with torch.device("meta"):
         count = num_parameters(ViT(config)) // layout.tensor_parallel
@@ -43,14 +40,14 @@ def training_memory(
     if is_autocast:
         weights += count * 2  # as they are multiplied
     if stage == 3 and layout.data_parallel > 1:
-        weights += (min(count, MAX_LIVE_PARAMETERS) + min(count, PREFETCH_ELEMENTS)) * width
+        weights += (min(count, buffers.live) + min(count, buffers.prefetched)) * width
     has_fp32_copy = stage > 0 or is_short
     states = owned * (12 if has_fp32_copy else 8)
     always = {"weights": weights, "optimizer states": states}
 
-    buckets = bucket_elements * width if stage else 0
+    buckets = buffers.gradients * width if stage else 0
     if stage == 0 and layout.num_ranks > 1:
-        buckets = min(bucket_elements, count) * width
+        buckets = min(buffers.gradients, count) * width
     gradients = owned * width
     before = 0  # gradients of earlier micro-batches
     if stage == 3:

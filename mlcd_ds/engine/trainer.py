@@ -136,7 +136,11 @@ class Trainer:
                 for _ in range((phase.end - begin) * self.plan.num_micro_batches):
                     batch = next(batches)
                     self.wait_s, loader.wait_s = self.wait_s + loader.wait_s, 0.0
-                    yield batch.of_all(self.head.groups.tensor) if self.plan.num_shares > 1 else batch
+                    if self.plan.num_shares > 1:
+                        waiting = time.perf_counter()
+                        batch = batch.of_all(self.head.groups.tensor)
+                        self.wait_s += time.perf_counter() - waiting
+                    yield batch
             finally:
                 batches.close()
                 loader.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -31,10 +31,10 @@ class CheckpointManifest(Frozen):
     step: int
     num_ranks: int
     zero_stage: int
-    tensor_parallel: int
+    tensor_parallel: int = 1
     num_classes: int
-    num_updates: int
-    loss_scale: dict[str, float]
+    num_updates: int | None = None  # none in those of earlier versions, which hold no whole moments
+    loss_scale: dict[str, float] = Field(default_factory=dict)
     inputs: dict[str, str]
     recipe: dict
     files: dict[str, FileRecord]

@@ -94,6 +94,12 @@ def test_a_chain_of_layouts_is_one_training(tiny_data: TinyData, tmp_path: Path,
                 assert len(curve) == end - first, what
                 columns = 3 if optimizer == "adamw" else 1  # Muon's norms are of what a stage makes of the gradient
                 assert_close(what, curve[:, :columns], whole[first:end, :columns], tolerance)
+        folder = tmp_path / f"chain0/checkpoints/step_{end:08d}"
+        parts = [path.stat() for path in folder.glob("moments-*.safetensors")]
+        sizes = [part.st_size for part in parts]
+        assert len(parts) == num_ranks, "each rank writes its share"
+        assert optimizer == "muon" or max(sizes) < 3 * min(sizes), "as near as whole tensors can be dealt"
+        assert {part.st_mode & 0o666 for part in parts} == {folder.stat().st_mode & 0o666}
         first = end
 
 

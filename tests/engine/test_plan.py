@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from mlcd_ds import plan
 from mlcd_ds.config import load_recipe
+from mlcd_ds.distributed.deepspeed import ZeroBuffers
 from mlcd_ds.engine.activations import Activations, count_kept_bytes
 from mlcd_ds.engine.layout import Layout
 from mlcd_ds.engine.memory import training_memory
@@ -73,12 +77,35 @@ def test_states_under_zero(
         count = num_parameters(ViT(CONFIG)) // 2
     elements = count if stage == 0 else count // 2
     parts = training_memory(
-        CONFIG, precision, Layout(8, 2, stage), 0, is_accumulated=is_accumulated, bucket_elements=elements
+        CONFIG,
+        precision,
+        Layout(8, 2, stage),
+        0,
+        is_accumulated=is_accumulated,
+        buffers=ZeroBuffers(elements, 10**9, 10**9),
     )
     assert parts["weights"] == pytest.approx(count * weights, rel=1e-3)
     assert parts["optimizer states"] == pytest.approx(count * states, rel=1e-3)
     others = sum(size for name, size in parts.items() if "gradients" in name)
     assert others == pytest.approx(count * gradients, rel=1e-3)
+
+
+def test_what_stage_3_gathers_is_as_the_file_says(capfd: pytest.CaptureFixture, tmp_path: Path) -> None:
+    content = json.loads(Path("ds_configs/zero3_bf16.json").read_text())
+    content["zero_optimization"] |= {"stage3_max_live_parameters": 10**8, "stage3_prefetch_bucket_size": 10**6}
+    (tmp_path / "small.json").write_text(json.dumps(content))
+    shown = []
+    for path in (Path("ds_configs/zero3_bf16.json"), tmp_path / "small.json"):
+        assert plan.main(["--deepspeed_config", str(path)]) == 0
+        text = "".join(capfd.readouterr())
+        shown.append(float(text.split("backbone: weights")[1].split()[0]))
+    own = 304 * 10**6 / 80  # ViT-L/14's parameters
+    assert shown[0] == pytest.approx((own + 304e6 + 50e6) * 2 / 2**30, rel=0.02)
+    assert shown[1] == pytest.approx((own + 100e6 + 1e6) * 2 / 2**30, rel=0.05)
+    content["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    (tmp_path / "small.json").write_text(json.dumps(content))
+    assert plan.main(["--deepspeed_config", str(tmp_path / "small.json")]) == 2
+    assert "offload_param" in "".join(capfd.readouterr())
 
 
 def test_the_papers_job(capfd: pytest.CaptureFixture) -> None:
@@ -88,7 +115,7 @@ def test_the_papers_job(capfd: pytest.CaptureFixture) -> None:
     assert "batch 32800 = 80 x 5 x 82" in text and "80: fits" in text and "1250 sampled classes" in text
     assert "assumed" in text and "12.47 G images" in text
     assert "Clustering 400,000,000 x 768 into 1,000,000 centres" in text and "a pass 38 s" in text
-    job = plan.Job(load_recipe("vit_l_14"), Layout(80, 1, 1), "a100-80gb", 10**6, 10**8)
+    job = plan.Job(load_recipe("vit_l_14"), Layout(80, 1, 1), "a100-80gb", 10**6, ZeroBuffers(10**8))
     assert plan.training_flops(job.recipe, "none") == pytest.approx(486e9, rel=0.01)  # as all count ViT-L/14 at 224 px
     largest = job.largest_micro_batch("none")
     assert sum(job.memory_gib(largest, "none").values()) <= 80 < sum(job.memory_gib(2 * largest, "none").values())

@@ -32,11 +32,13 @@ from mlcd_ds.distributed.deepspeed import (
     tensor_parallel_size,
 )
 from mlcd_ds.engine.hardware import GPUS, gpu_named
+from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.optimizer import backbone_optimizer, set_learning_rate
 from mlcd_ds.engine.phases import Phase, phase_at, phases
 from mlcd_ds.engine.schedule import learning_rate
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.vit import ViT, ViTConfig
+from mlcd_ds.train import resolve_ds_config
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 MODEL = {"image_size": 32, "patch_size": 16, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64, "embed_dim": 16}
@@ -177,6 +179,26 @@ def test_a_misspelt_zero_key_is_named() -> None:
     with pytest.raises(UserError, match="overlap_com"):
         check_zero_section({"zero_optimization": {"stage": 1, "overlap_com": True}}, Path("ds.json"))
     assert check_zero_section({"zero_optimization": {"stage": 2}}, Path("ds.json")) == 2
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"round_robin_gradients": True}, "round_robin_gradients would spoil checkpoints"),
+        ({"offload_optimizer": {"device": "cpu"}}, "offload_optimizer needs DeepSpeed's own AdamW"),
+        ({"offload_param": {"device": "nvme"}, "stage": 3}, "offload_param must have device cpu"),
+    ],
+)
+def test_what_zero_may_not_do_is_refused(section: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_zero_section({"zero_optimization": section}, Path("ds.json"))
+
+
+def test_muon_with_another_type_of_sums_is_refused() -> None:
+    recipe, layout = load_recipe("demo", ("optimizer.name=muon",)), Layout(1, 1, 1)
+    config = {"data_types": {"grad_accum_dtype": "fp32"}}
+    with pytest.raises(UserError, match="grad_accum_dtype is not for optimizer"):
+        resolve_ds_config(config, Path("ds.json"), recipe, layout, plan_batches(recipe, layout, 0))
 
 
 @pytest.mark.parametrize("section", [{"bf16": True}, {"zero_optimization": 1}])

@@ -16,6 +16,8 @@ import torch
 from distributed_harness import TinyData, quiet_environment
 from training_runs import DS_CONFIG, Training, checkpoints, curves, final_bytes, metrics, start, write_recipe
 
+from mlcd_ds.engine.weights import load_backbone
+
 pytestmark = pytest.mark.pipeline
 # Long enough to be killed in time: a step takes about 10 ms.
 LONG = ("train.steps=60", "train.checkpoint_every=20", "head.sample_rate=0.5")
@@ -171,13 +173,23 @@ def test_a_damaged_checkpoint_is_named_with_the_fix(bench: Bench, copy: str, nam
 
 def test_another_number_of_ranks_goes_on(bench: Bench, copy: str) -> None:
     done = len(metrics(bench.folder / copy))
-    overrides = ("train.steps=100000", "train.checkpoint_every=20", "train.keep_checkpoints=2")
+    overrides = ("train.steps=100000", "train.checkpoint_every=20", "train.keep_checkpoints=2", "head.parallel_size=1")
     training = bench.start(copy, *overrides, run=("torchrun", 2))
     training.until_step(done + 5)
     training.signal_all(signal.SIGTERM)
     training.wait()
     newest = json.loads((checkpoints(training.out)[-1] / "checkpoint.json").read_text())
     assert newest["num_ranks"] == 2 and newest["step"] == len(metrics(training.out)) >= done + 5
+
+
+def test_a_checkpoint_of_an_earlier_version_is_told(bench: Bench, copy: str) -> None:
+    newest = checkpoints(bench.folder / copy)[-1]
+    content = json.loads((newest / "checkpoint.json").read_text())
+    del content["num_updates"], content["loss_scale"]
+    (newest / "checkpoint.json").write_text(json.dumps(content))
+    load_backbone(newest)
+    message = one_message(bench.start(copy, "train.steps=100000"))
+    assert str(newest) in message and "saved by an earlier version" in message and "Remove" not in message
 
 
 def test_a_changed_key_is_named(bench: Bench, copy: str) -> None:
