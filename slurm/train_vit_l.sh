@@ -4,7 +4,8 @@
 # Options of sbatch win over the lines below, so that other sizes need no edit:
 #     sbatch --partition=gpu --nodes=2 --time=02:00:00 slurm/train_vit_l.sh train.steps=1000
 # Paths, environment and network come from slurm/site.sh. The folder MLCD_RUN holds the run: submitting again continues
-# it. Before the time limit, and on preemption, the program saves and the job requeues itself.
+# it, also with another --nodes (GPUs must divide the recipe's data.num_streams). Before the time limit, and
+# on preemption, the program saves and the job requeues itself.
 #SBATCH --job-name=mlcd-train
 #SBATCH --nodes=10
 #SBATCH --ntasks-per-node=8

@@ -8,6 +8,7 @@ previous checkpoint as it was.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -124,7 +125,8 @@ class Checkpointer:
             descriptor = os.open(folder / name, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
-            os.chmod(folder / name, folder.stat().st_mode & 0o666)  # safetensors leaves them to their owner alone
+            with contextlib.suppress(OSError):  # some network file systems know no modes
+                os.chmod(folder / name, folder.stat().st_mode & 0o666)  # safetensors leaves them to their owner alone
             mine[name] = record_of(folder / name)
         return {name: record for part in self._group.gather_objects(mine) for name, record in part.items()}
 
