@@ -211,10 +211,10 @@ def run(args: argparse.Namespace) -> int:
         config = read_ds_config(path)
     if args.tensor_parallel:
         config["tensor_parallel"] = {"autotp_size": args.tensor_parallel}
-    if "offload_param" in config.get("zero_optimization", {}):
-        raise UserError(f"{path}: what zero_optimization.offload_param saves is not planned: leave it out here.")
     recipe = with_precision(load_recipe(args.recipe, tuple(args.overrides)), stated_precision(config, path))
     layout = Layout(args.gpus, tensor_parallel_size(config, path), check_zero_section(config, path))
+    if "offload_param" in config.get("zero_optimization", {}):
+        raise UserError(f"{path}: what zero_optimization.offload_param saves is not planned: leave it out here.")
     job = Job(recipe, layout, args.gpu, args.num_centers, zero_buffers(config, path))
     lines = clustering_lines(args.num_images, args.num_centers, args.embedding_dim, args.gpus)
     stage.logger.info("\n".join([page(job, args.mfu), *lines]))

@@ -106,6 +106,9 @@ def test_what_stage_3_gathers_is_as_the_file_says(capfd: pytest.CaptureFixture, 
     (tmp_path / "small.json").write_text(json.dumps(content))
     assert plan.main(["--deepspeed_config", str(tmp_path / "small.json")]) == 2
     assert "offload_param" in "".join(capfd.readouterr())
+    (tmp_path / "small.json").write_text('{"zero_optimization": 3}')
+    assert plan.main(["--deepspeed_config", str(tmp_path / "small.json")]) == 2
+    assert "zero_optimization must be a mapping" in "".join(capfd.readouterr())
 
 
 def test_the_papers_job(capfd: pytest.CaptureFixture) -> None:
