@@ -27,9 +27,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mlcd_ds.artefacts.manifest import library_versions
 from mlcd_ds.config import load_recipe
 from mlcd_ds.engine.checkpoint import git_commit
-from mlcd_ds.manifest import library_versions
 from mlcd_ds.models.convert import vision_config
 from mlcd_ds.models.noise import TrainingNoise
 from mlcd_ds.models.vit import ViT, ViTConfig
@@ -147,7 +147,7 @@ def engine_overhead(*overrides: str) -> float:
     fixed = ("train.precision=fp32", "train.checkpoint_every=1000", "optimizer.warmup_steps=1")
     recipe = load_recipe("demo", (*overrides, *fixed))
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "mlcd_ds.train", "--deepspeed_config", "ds_configs/zero1_fp32_cpu.json"]
+        command = [sys.executable, "-m", "mlcd_ds", "train", "--deepspeed_config", "ds_configs/zero1_fp32_cpu.json"]
         command += [*overrides, *fixed, f"train.out={out}/run"]
         subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
         entries = [json.loads(line) for line in Path(out, "run/metrics.jsonl").read_text().splitlines()]

@@ -10,7 +10,7 @@ fp32 over all rows, the same way for both, after the clock is stopped.
   pictures   the embeddings of demo/shards, k = 256: final objectives
   assign     20,000 rows x 16,384 centres, d = 768: top-1 and top-8 against faiss.knn
   precision  the objective after clustering with bf16 products, over that with fp32, other things equal
-  memory     peak of a rank above what it held before, beside the formula of mlcd_ds/clustering/memory.py
+  memory     peak of a rank above what it held before, beside the formula of mlcd_ds/clustering/kmeans_memory.py
   by_gpus    memory and predicted time for N = 400M, d = 768, k = 1M on 8, 64 and 80 GPUs, by formula
 """
 
@@ -30,15 +30,16 @@ import torch
 import torch.nn.functional as F
 from head import launch, peak_memory, run_parts, seconds
 
-from mlcd_ds.clustering.assigners import choose_assigner
+from mlcd_ds.artefacts.files import record_of
+from mlcd_ds.artefacts.manifest import write_manifest
 from mlcd_ds.clustering.blockwise import BlockwiseAssigner
+from mlcd_ds.clustering.choose_assigner import choose_assigner
 from mlcd_ds.clustering.embedding_store import EmbeddingManifest, EmbeddingStore
-from mlcd_ds.clustering.initial import first_centers
+from mlcd_ds.clustering.first_centers import first_centers
 from mlcd_ds.clustering.kmeans import Clustering, Rules, kmeans, make_phases
-from mlcd_ds.clustering.memory import cluster_memory, predicted_seconds
+from mlcd_ds.clustering.kmeans_memory import cluster_memory, predicted_seconds
 from mlcd_ds.clustering.repair import Repair
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.manifest import record_of, write_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -165,10 +166,10 @@ def measure_pictures() -> dict:
     with tempfile.TemporaryDirectory() as name:
         index, embeddings = Path(name) / "index", Path(name) / "embeddings"
         for words in (
-            ["mlcd_ds.index", "--shards", str(ROOT / "demo/shards/train/*.tar"), "--out", str(index)],
-            ["mlcd_ds.embed", "--index", str(index), "--encoder", "efficientnet-lite0@128", "--out", str(embeddings)],
+            ["index", "--shards", str(ROOT / "demo/shards/train/*.tar"), "--out", str(index)],
+            ["embed", "--index", str(index), "--encoder", "efficientnet-lite0@128", "--out", str(embeddings)],
         ):
-            subprocess.run([sys.executable, "-m", *words], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+            subprocess.run([sys.executable, "-m", "mlcd_ds", *words], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
         rows_NE = all_rows(embeddings)
         results: dict[str, float] = {}
         _, theirs_CE = run_faiss(rows_NE, 256)

@@ -37,13 +37,13 @@ import torch.nn.functional as F
 from head_references import MARGIN, SCALE, DenseMLCD, PartialFCPerLabel
 from torch import Tensor
 
+from mlcd_ds.artefacts.manifest import library_versions
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.checkpoint import git_commit
 from mlcd_ds.heads.groups import make_head_groups
-from mlcd_ds.heads.memory import head_memory, stored_logits
+from mlcd_ds.heads.head_memory import head_memory, stored_logits
 from mlcd_ds.heads.partial_fc import HeadConfig, PartialFCHead
 from mlcd_ds.heads.row_optimizer import AdamWRule, RowOptimizer
-from mlcd_ds.manifest import library_versions
 from mlcd_ds.objectives.class_losses import ClassLoss, ObjectiveConfig
 
 NUM_LABELS, ROUNDS = 8, 7
@@ -311,7 +311,7 @@ def rates() -> dict[str, float]:
 
 
 def by_gpus() -> dict[str, dict[str, float]]:
-    """MiB by the formulas of mlcd_ds/heads/memory.py, for the paper's job on several numbers of GPUs."""
+    """MiB by the formulas of mlcd_ds/heads/head_memory.py, for the paper's job on several numbers of GPUs."""
     table = {}
     for num_ranks in (1, 8, 80, 1024):
         parts = head_memory(num_ranks, 1_000_000, 768, 32_768, NUM_LABELS)

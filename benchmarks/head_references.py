@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlcd_ds.distributed.collectives import Group
+from mlcd_ds.heads.class_sampling import num_sampled, sample_classes
 from mlcd_ds.heads.class_shards import class_range
-from mlcd_ds.heads.sampling import num_sampled, sample_classes
 
 SCALE, MARGIN = 64.0, 0.3
 

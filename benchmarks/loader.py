@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mlcd_ds.artefacts.manifest import library_versions
 from mlcd_ds.data.crops import random_boxes
-from mlcd_ds.data.dali import EncodedBatch, ImageDecoder, PixelFormat, clip_pixels
-from mlcd_ds.manifest import library_versions
+from mlcd_ds.data.dali import EncodedBatch, ImageDecoder
+from mlcd_ds.data.pixels import PixelFormat, clip_pixels
 
 SHARD = Path(__file__).resolve().parents[1] / "demo/shards/train/00000.tar"
 BATCH, IMAGE_SIZE, THREADS, ROUNDS, BATCHES = 128, 96, 2, 5, 4

@@ -23,17 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from mlcd_ds.artefacts.manifest import library_versions
 from mlcd_ds.config import load_recipe, with_precision
-from mlcd_ds.distributed.deepspeed import read_ds_config, stated_precision, zero_buffers
+from mlcd_ds.distributed.ds_config import read_ds_config, stated_precision, zero_buffers
 from mlcd_ds.distributed.launch import detect_launch, device_of, process_group
 from mlcd_ds.engine.checkpoint import git_commit
 from mlcd_ds.engine.layout import Layout, plan_batches
-from mlcd_ds.engine.memory import training_memory
+from mlcd_ds.engine.run_memory import training_memory
 from mlcd_ds.engine.trainer import Trainer
-from mlcd_ds.heads.memory import head_memory
-from mlcd_ds.manifest import library_versions
+from mlcd_ds.heads.head_memory import head_memory
 from mlcd_ds.models import layers
-from mlcd_ds.train import open_data, read_layout, resolve_ds_config
+from mlcd_ds.stages.train import open_data, read_layout, resolve_ds_config
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = (

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from mlcd_ds.artefacts.files import write_json
 from mlcd_ds.evaluation.plots import comparison_plot
-from mlcd_ds.manifest import write_json
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -39,7 +39,7 @@ def run(*command: object, **environment: str) -> None:
 
 def stage(name: str, *arguments: object) -> None:
     """Run one stage as a module, by this very Python."""
-    run(sys.executable, "-m", f"mlcd_ds.{name}", *arguments)
+    run(sys.executable, "-m", "mlcd_ds", name, *arguments)
 
 
 def pipeline(out: Path, overrides: list[str]) -> dict[str, dict]:

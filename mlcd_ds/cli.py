@@ -1,4 +1,4 @@
-"""`mlcd STAGE ...`: one command for all stages, each the same as `python -m mlcd_ds.STAGE ...`."""
+"""`mlcd STAGE ...`: one command for all stages, the same as `python -m mlcd_ds STAGE ...`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,4 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in STAGES:
         sys.stderr.write(f"mlcd: no stage {argv[0]!r}; there are {', '.join(STAGES)}\n")
         return 2
-    return importlib.import_module(f"mlcd_ds.{argv[0]}").main(argv[1:])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return importlib.import_module(f"mlcd_ds.stages.{argv[0]}").main(argv[1:])

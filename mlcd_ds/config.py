@@ -14,10 +14,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from mlcd_ds.artefacts.typed import Frozen, first_problem
 from mlcd_ds.data.loader import AugmentConfig
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.partial_fc import HeadConfig
-from mlcd_ds.manifest import Frozen, first_problem
 from mlcd_ds.models.vit import ViTConfig
 from mlcd_ds.objectives.class_losses import ObjectiveConfig
 

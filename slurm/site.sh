@@ -25,7 +25,7 @@
 : "${MLCD_LOGS:=$MLCD_WORK/logs}"                       # the jobs' output when submitted by pipeline.sh
 
 # --- What is computed -------------------------------------------------------------------------------------------
-# The teacher whose image embeddings are clustered: the folder of a Hugging Face model, or a name of mlcd_ds/encoders.py.
+# The teacher whose image embeddings are clustered: the folder of a Hugging Face model, or a name of mlcd_ds/encoders/registry.py.
 : "${MLCD_ENCODER:=$MLCD_HOME/models/clip-vit-large-patch14}"
 : "${MLCD_NUM_CENTERS:=1000000}"                        # k of k-means; the paper's is a million
 : "${MLCD_NUM_LABELS:=8}"                               # nearest centers an image is labelled with

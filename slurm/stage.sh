@@ -17,4 +17,4 @@ source slurm/launch.sh
 prepare_job
 stage=$1
 shift
-run_ranks python -m "mlcd_ds.$stage" "$@"
+run_ranks python -m mlcd_ds "$stage" "$@"

@@ -28,5 +28,5 @@ fi
 # shellcheck source=slurm/launch.sh
 source slurm/launch.sh
 prepare_job
-run_ranks python -m mlcd_ds.train --deepspeed_config "$MLCD_DS_CONFIG" --recipe "$MLCD_RECIPE" \
+run_ranks python -m mlcd_ds train --deepspeed_config "$MLCD_DS_CONFIG" --recipe "$MLCD_RECIPE" \
     train.out="$MLCD_RUN" data.index="$MLCD_INDEX" data.labels="$MLCD_LABELS" data.clusters="$MLCD_CLUSTERS" "$@"

@@ -50,7 +50,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     commands["cluster"] += ["--num-centers", NUM_CENTERS, "--num-iterations", 5]
     commands["assign"] += ["--num-labels", NUM_LABELS]
     for stage, arguments in commands.items():
-        command = [sys.executable, "-m", f"mlcd_ds.{stage}", *map(str, arguments)]
+        command = [sys.executable, "-m", "mlcd_ds", stage, *map(str, arguments)]
         done = subprocess.run(
             command, env=quiet_environment(), capture_output=True, text=True, timeout=STAGE_TIMEOUT_S, check=False
         )

@@ -16,19 +16,20 @@ MAX_LINES = 400
 # A module imports from its own layer and from those above it in this list. What is not named is an entry: the last.
 LAYERS = (
     {"errors"},
-    {"manifest"},
-    {"distributed"},
-    {"objectives", "heads", "models", "data", "clustering", "evaluation"},
+    {"artefacts"},
+    {"distributed", "kernels"},
+    {"objectives", "models", "data", "clustering", "evaluation"},
+    {"heads"},
     {"config"},
     {"engine"},
-    {"stage", "by_shard", "encoders"},
+    {"encoders"},
 )
 # Library -> the one file or folder that may import it.
 PLACES = {
     "torch.distributed": "distributed/",
     "deepspeed": "distributed/",
     "nvidia": "data/dali.py",
-    "faiss": "clustering/assigners.py",
+    "faiss": "clustering/faiss_assigner.py",
 }
 
 
@@ -83,6 +84,64 @@ def test_every_file_keeps_to_its_place(path: Path) -> None:
     assert not problems(str(path.relative_to(PACKAGE)), path.read_text())
 
 
+def cycles(edges: set[tuple[str, str]]) -> list[str]:
+    """Names that reach themselves along `edges`."""
+    following: dict[str, set[str]] = {}
+    for begin, end in edges:
+        if begin != end:
+            following.setdefault(begin, set()).add(end)
+
+    def reached(name: str) -> set[str]:
+        found, left = set(), [name]
+        while left:
+            new = following.get(left.pop(), set()) - found
+            found |= new
+            left += new
+        return found
+
+    return sorted(name for name in following if name in reached(name))
+
+
+def module_edges(sources: dict[str, str]) -> set[tuple[str, str]]:
+    """(importing, imported) for all pairs of modules of mlcd_ds; `sources` maps dotted names to texts."""
+    edges = set()
+    for module, source in sources.items():
+        for name in imported(ast.parse(source)):
+            inner = name.removeprefix("mlcd_ds.")
+            if is_within(name, "mlcd_ds"):
+                edges |= {(module, known) for known in (inner, inner.rpartition(".")[0]) if known in sources}
+    return edges
+
+
+def dotted_sources() -> dict[str, str]:
+    names = {path: ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in SOURCES}
+    return {name: path.read_text() for path, name in names.items() if not name.endswith("__init__")}
+
+
+def test_neither_modules_nor_folders_import_in_circles() -> None:
+    edges = module_edges(dotted_sources())
+    assert len(edges) > 100
+    folders = {(begin.split(".")[0], end.split(".")[0]) for begin, end in edges}
+    assert not cycles(edges) and not cycles(folders)
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "found"),
+    [
+        ("clustering.assigner", "from mlcd_ds.clustering.kmeans import kmeans", "clustering.kmeans"),
+        ("objectives.class_losses", "from mlcd_ds.heads import groups", "heads"),
+        ("distributed.launch", "def f():\n    import mlcd_ds.kernels.matmul", None),
+    ],
+)
+def test_a_circle_is_found(module: str, line: str, found: str | None) -> None:
+    sources = dotted_sources()
+    sources[module] += f"\n{line}\n"
+    edges = module_edges(sources)
+    folders = {(begin.split(".")[0], end.split(".")[0]) for begin, end in edges}
+    in_circles = cycles(edges) + cycles(folders)
+    assert found in in_circles if found else not in_circles
+
+
 @pytest.mark.parametrize(
     ("path", "source"),
     [
@@ -94,10 +153,10 @@ def test_every_file_keeps_to_its_place(path: Path) -> None:
         ("clustering/kmeans.py", "import faiss"),
         ("models/vit.py", "from mlcd_ds.engine.trainer import Trainer"),
         ("heads/partial_fc.py", "from mlcd_ds import train"),
-        ("objectives/class_losses.py", "from mlcd_ds.stage import main"),
-        ("engine/trainer.py", "import mlcd_ds.cluster"),
+        ("objectives/class_losses.py", "from mlcd_ds.stages.runner import main"),
+        ("engine/trainer.py", "import mlcd_ds.stages.cluster"),
         ("distributed/launch.py", "from mlcd_ds.heads import partial_fc"),
-        ("manifest.py", "from mlcd_ds.config import Recipe"),
+        ("artefacts/manifest.py", "from mlcd_ds.config import Recipe"),
         ("train.py", "print('step')"),
         ("train.py", "x = 1\n" * 401),
         ("data/utils.py", ""),

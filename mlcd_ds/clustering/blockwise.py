@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlcd_ds.clustering.assigners import Metric
-from mlcd_ds.heads.matmul import Matmul
+from mlcd_ds.clustering.assigner import Metric
+from mlcd_ds.kernels.matmul import Matmul
 
 CHUNK = 32  # members of a chunk
 

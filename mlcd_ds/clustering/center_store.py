@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mlcd_ds.clustering.assigners import Metric
-from mlcd_ds.manifest import Manifest, check_file, read_manifest
+from mlcd_ds.artefacts.manifest import Manifest, check_file, read_manifest
+from mlcd_ds.clustering.assigner import Metric
 
 
 class ClusterManifest(Manifest):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlcd_ds.clustering.kmeans import BLOCK_ROWS, Rows
-from mlcd_ds.clustering.sampling import uniforms
+from mlcd_ds.clustering.row_sampling import uniforms
 from mlcd_ds.distributed.collectives import Group
 
 NUM_TABLES = 8

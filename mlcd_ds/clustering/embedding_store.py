@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlcd_ds.clustering.sampling import Sample
-from mlcd_ds.manifest import Manifest, check_file, read_manifest
+from mlcd_ds.artefacts.manifest import Manifest, check_file, read_manifest
+from mlcd_ds.clustering.row_sampling import Sample
 
 
 class EmbeddingManifest(Manifest):

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlcd_ds.clustering.assigners import Assigner, Metric
+from mlcd_ds.clustering.assigner import Assigner, Metric
 from mlcd_ds.clustering.repair import Clusters
-from mlcd_ds.clustering.sampling import Sample
+from mlcd_ds.clustering.row_sampling import Sample
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.errors import UserError
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlcd_ds.clustering.assigners import Assigner, Metric
+from mlcd_ds.clustering.assigner import Assigner, Metric
 
 BLOCK_ROWS = 65_536
 

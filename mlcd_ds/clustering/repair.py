@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlcd_ds.clustering.assigners import Metric
+from mlcd_ds.clustering.assigner import Metric
 
 MOVED_SHARE = 0.04  # of all centres, at most, in an iteration
 MOVED_RATIO = 0.1  # a centre moves when its cluster has less than this share of the other's spread

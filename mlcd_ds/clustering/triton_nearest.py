@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlcd_ds.clustering.assigners import Metric
-from mlcd_ds.heads.matmul import Matmul
-from mlcd_ds.heads.triton_product import tile_product
+from mlcd_ds.clustering.assigner import Metric
+from mlcd_ds.kernels.matmul import Matmul
+from mlcd_ds.kernels.triton_product import tile_product
 
 BLOCK_ROWS = 8192  # rows whose maxima [b, J] exist at once
 MEMBER_BYTES = 2**28  # of the centres that are gathered at once

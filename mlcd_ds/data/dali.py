@@ -14,26 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlcd_ds.data.pixels import PixelFormat
 from mlcd_ds.errors import UserError
 
-
-@dataclass(frozen=True)
-class PixelFormat:
-    """What a model eats: square side in pixels, and mean and deviation on the 0-255 scale, per RGB channel."""
-
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
 COLORS = ("brightness", "contrast", "saturation", "hue")  # in the order of EncodedBatch.colors_B4
-CLIP_MEAN = (0.48145466 * 255, 0.4578275 * 255, 0.40821073 * 255)
-CLIP_STD = (0.26862954 * 255, 0.26130258 * 255, 0.27577711 * 255)
-
-
-def clip_pixels(image_size: int) -> PixelFormat:
-    """CLIP's normalisation, which our backbones share."""
-    return PixelFormat(image_size, CLIP_MEAN, CLIP_STD)
 
 
 @dataclass(frozen=True)

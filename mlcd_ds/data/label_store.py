@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mlcd_ds.artefacts.manifest import Manifest, check_file, read_manifest
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.errors import UserError
-from mlcd_ds.manifest import Manifest, check_file, read_manifest
 
 
 class LabelManifest(Manifest):

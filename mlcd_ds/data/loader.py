@@ -16,14 +16,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mlcd_ds.artefacts.typed import Frozen
 from mlcd_ds.data.colors import NUM_COLORS, random_colors, random_keys
 from mlcd_ds.data.crops import center_boxes, random_boxes
-from mlcd_ds.data.dali import EncodedBatch, ImageDecoder, PixelFormat
+from mlcd_ds.data.dali import EncodedBatch, ImageDecoder
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.order import SampleOrder
+from mlcd_ds.data.pixels import PixelFormat
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.manifest import Frozen
 
 
 class AugmentConfig(Frozen):

@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mlcd_ds.data.dali import EncodedBatch, PixelFormat
+from mlcd_ds.data.dali import EncodedBatch
+from mlcd_ds.data.pixels import PixelFormat
 
 CUBIC_A = -0.5  # Catmull-Rom, as in Pillow, in torch with antialiasing and in DALI
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mlcd_ds.artefacts.manifest import Manifest, check_file, read_manifest
+from mlcd_ds.artefacts.typed import Frozen
 from mlcd_ds.errors import UserError
-from mlcd_ds.manifest import Frozen, Manifest, check_file, read_manifest
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IDX_VERSION = "v1.2"

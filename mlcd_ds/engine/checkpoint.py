@@ -15,6 +15,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from mlcd_ds.artefacts.files import FileRecord, fsync_folder, record_of, write_json
+from mlcd_ds.artefacts.manifest import library_versions
 from mlcd_ds.config import Recipe
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.engine_state import EngineState
@@ -28,9 +30,8 @@ from mlcd_ds.engine.weights import (
     read_checkpoint,
 )
 from mlcd_ds.errors import UserError
+from mlcd_ds.heads.head_state import load_head, save_head
 from mlcd_ds.heads.partial_fc import PartialFCHead
-from mlcd_ds.heads.state import load_head, save_head
-from mlcd_ds.manifest import FileRecord, fsync_folder, library_versions, record_of, write_json
 
 
 def git_commit() -> str | None:

@@ -20,21 +20,21 @@ from tqdm import tqdm
 
 from mlcd_ds.clustering.center_store import CenterStore
 from mlcd_ds.config import Recipe, dump_recipe
-from mlcd_ds.data.dali import clip_pixels
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.loader import LabelledBatch, TrainLoader
 from mlcd_ds.data.order import SampleOrder
+from mlcd_ds.data.pixels import clip_pixels
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.deepspeed import initialize_engine, step_engine
+from mlcd_ds.distributed.stopping import StopRequest
 from mlcd_ds.engine.checkpoint import Checkpointer
 from mlcd_ds.engine.hardware import peak_tflops
 from mlcd_ds.engine.layout import Layout, plan_batches
-from mlcd_ds.engine.metrics import RunLog, log_data_pages, peak_memory_mb
 from mlcd_ds.engine.optimizer import backbone_optimizer, head_optimizer, set_learning_rate
 from mlcd_ds.engine.phases import phase_at, phases
+from mlcd_ds.engine.run_log import RunLog, log_data_pages, peak_memory_mb
 from mlcd_ds.engine.schedule import learning_rate
-from mlcd_ds.engine.stopping import StopRequest
 from mlcd_ds.engine.weights import checkpoint_folders, load_released
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.groups import make_head_groups

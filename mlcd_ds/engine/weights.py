@@ -11,9 +11,10 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from mlcd_ds.artefacts.files import FileRecord
+from mlcd_ds.artefacts.typed import Frozen, first_problem
 from mlcd_ds.config import Recipe, parse_recipe
 from mlcd_ds.errors import UserError
-from mlcd_ds.manifest import FileRecord, Frozen, first_problem
 from mlcd_ds.models.convert import from_vision_model
 from mlcd_ds.models.positions import resize_positions
 from mlcd_ds.models.vit import ViT

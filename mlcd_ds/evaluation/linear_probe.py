@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlcd_ds.evaluation.accuracy import bootstrap_standard_error, confusion_matrix, per_class_accuracy
 from mlcd_ds.evaluation.features import check_labelled
-from mlcd_ds.evaluation.metrics import bootstrap_standard_error, confusion_matrix, per_class_accuracy
 
 L2_GRID = tuple(10.0 ** (-6 + step / 8) for step in range(97))  # 96 steps, 8 a decade
 _COARSE_STRIDE = 16  # two decades, as CLIP starts

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlcd_ds.heads.sampling import mixed_seed
+from mlcd_ds.heads.class_sampling import mixed_seed
 
 EPS = 1e-12  # of torch.nn.functional.normalize
 

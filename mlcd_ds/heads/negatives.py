@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mlcd_ds.heads.centers import Centers
-from mlcd_ds.heads.matmul import Matmul
+from mlcd_ds.kernels.matmul import Matmul
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from mlcd_ds.artefacts.typed import Frozen
+from mlcd_ds.heads.center_init import normal_centers, projected_centers
 from mlcd_ds.heads.centers import Centers, sample_features, spread, through_unit, to_unit
+from mlcd_ds.heads.choose_exp_block import choose_exp_block
+from mlcd_ds.heads.class_sampling import sample_around, sample_classes
 from mlcd_ds.heads.class_shards import class_range
 from mlcd_ds.heads.groups import HeadGroups
-from mlcd_ds.heads.initial import normal_centers, projected_centers
-from mlcd_ds.heads.kernels import choose_exp_block
-from mlcd_ds.heads.matmul import Matmul
 from mlcd_ds.heads.negatives import Negatives
 from mlcd_ds.heads.positives import Positives
-from mlcd_ds.heads.sampling import sample_around, sample_classes
-from mlcd_ds.manifest import Frozen
+from mlcd_ds.kernels.matmul import Matmul
 from mlcd_ds.objectives.class_losses import ClassLoss
 
 

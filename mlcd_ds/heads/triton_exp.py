@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mlcd_ds.errors import UserError
-from mlcd_ds.heads.matmul import Matmul
-from mlcd_ds.heads.triton_product import tile_product
+from mlcd_ds.kernels.matmul import Matmul
+from mlcd_ds.kernels.triton_product import tile_product
 
 
 @triton.jit

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mlcd_ds.heads.margins import MarginForm, with_margin
-from mlcd_ds.manifest import Frozen
+from mlcd_ds.artefacts.typed import Frozen
+from mlcd_ds.objectives.margins import MarginForm, with_margin
 
 NOTHING = -1e4  # stands for log(0) where a gradient must stay finite: e^-10000 is 0 in any precision
 

@@ -12,15 +12,10 @@ import torch.nn.functional as F
 from distributed_harness import assert_close, assert_differs
 
 from mlcd_ds.clustering import blockwise
-from mlcd_ds.clustering.assigners import (
-    MANY_MULTIPLICATIONS,
-    Assigner,
-    FaissAssigner,
-    Metric,
-    choose_assigner,
-    resolve_precision,
-)
+from mlcd_ds.clustering.assigner import Assigner, Metric
 from mlcd_ds.clustering.blockwise import BlockShape, BlockwiseAssigner
+from mlcd_ds.clustering.choose_assigner import MANY_MULTIPLICATIONS, choose_assigner, resolve_precision
+from mlcd_ds.clustering.faiss_assigner import FaissAssigner
 from mlcd_ds.errors import UserError
 
 CPU = torch.device("cpu")

@@ -10,14 +10,14 @@ import torch
 from distributed_harness import run_ranks
 from embeddings_maker import all_rows_of, blobs, write_embeddings
 
-from mlcd_ds.cluster import Options
-from mlcd_ds.cluster import run as cluster_stage
 from mlcd_ds.clustering import duplicates as module
 from mlcd_ds.clustering.center_store import CenterStore
 from mlcd_ds.clustering.duplicates import find_duplicates
 from mlcd_ds.clustering.embedding_store import EmbeddingStore
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.stage import Context
+from mlcd_ds.stages.cluster import Options
+from mlcd_ds.stages.cluster import run as cluster_stage
+from mlcd_ds.stages.runner import Context
 
 THRESHOLD = 0.98
 

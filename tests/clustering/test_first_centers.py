@@ -11,11 +11,11 @@ import torch
 from distributed_harness import assert_close, assert_differs, run_ranks
 from embeddings_maker import all_rows_of, blobs, write_embeddings
 
-from mlcd_ds.clustering import initial
-from mlcd_ds.clustering.assigners import Metric
+import mlcd_ds.clustering.first_centers as first_centers_module
+from mlcd_ds.clustering.assigner import Metric
 from mlcd_ds.clustering.blockwise import BlockwiseAssigner
 from mlcd_ds.clustering.embedding_store import EmbeddingStore
-from mlcd_ds.clustering.initial import WithinCells, first_centers, shares
+from mlcd_ds.clustering.first_centers import WithinCells, first_centers, shares
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.errors import UserError
 
@@ -99,7 +99,7 @@ def test_shares_are_in_proportion_and_complete() -> None:
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_within_cells_finds_the_nearest_of_the_own_cell(metric: Metric, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(initial, "SCORES_AT_ONCE", 50)
+    monkeypatch.setattr(first_centers_module, "SCORES_AT_ONCE", 50)
     generator = torch.Generator().manual_seed(0)
     rows, cells, centers = (torch.randn(n, 8, generator=generator) for n in (300, 5, 33))
     bounds = np.array([0, 1, 10, 11, 30, 33])

@@ -15,15 +15,15 @@ import torch
 from distributed_harness import assert_close, assert_differs, run_ranks
 from embeddings_maker import blobs, write_embeddings
 
-from mlcd_ds.cluster import Options, cluster, parameters_of, state_key
+from mlcd_ds.artefacts.manifest import MANIFEST_NAME
 from mlcd_ds.clustering.center_store import CenterStore, ClusterManifest
 from mlcd_ds.clustering.kmeans import Clustering, Iteration
-from mlcd_ds.clustering.state import STATE_NAME, load_state, save_state
+from mlcd_ds.clustering.kmeans_state import STATE_NAME, load_state, save_state
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.engine.stopping import EXIT_REQUEUE, StopRequest
+from mlcd_ds.distributed.stopping import EXIT_REQUEUE, StopRequest
 from mlcd_ds.errors import UserError
-from mlcd_ds.manifest import MANIFEST_NAME
-from mlcd_ds.stage import Context
+from mlcd_ds.stages.cluster import Options, cluster, parameters_of, state_key
+from mlcd_ds.stages.runner import Context
 
 TOLERANCE = 1e-6
 NUM_ITERATIONS, OPENS = 6, 3  # numpy opens a file so often to map it

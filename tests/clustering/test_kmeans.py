@@ -14,13 +14,14 @@ from distributed_harness import assert_close, assert_differs, run_ranks
 from embeddings_maker import all_rows_of, blobs, write_embeddings
 
 from mlcd_ds.clustering import kmeans as module
-from mlcd_ds.clustering.assigners import Assigner, FaissAssigner, Metric
+from mlcd_ds.clustering.assigner import Assigner, Metric
 from mlcd_ds.clustering.blockwise import BlockwiseAssigner
 from mlcd_ds.clustering.embedding_store import EmbeddingStore
-from mlcd_ds.clustering.initial import random_centers
+from mlcd_ds.clustering.faiss_assigner import FaissAssigner
+from mlcd_ds.clustering.first_centers import random_centers
 from mlcd_ds.clustering.kmeans import Clustering, Iteration, Phase, Rules, kmeans, make_phases, next_phase
 from mlcd_ds.clustering.repair import Repair
-from mlcd_ds.clustering.sampling import Sample, uniforms
+from mlcd_ds.clustering.row_sampling import Sample, uniforms
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.errors import UserError
 

@@ -12,8 +12,8 @@ import pytest
 from distributed_harness import TinyData
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mlcd_ds import assign
 from mlcd_ds.clustering.report import Extremes, agreement, gini, size_figures
+from mlcd_ds.stages import assign
 
 
 def test_gini_is_the_mean_difference_over_twice_the_mean() -> None:

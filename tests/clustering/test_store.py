@@ -11,7 +11,7 @@ import torch
 from embeddings_maker import all_rows_of, blobs, write_embeddings
 
 from mlcd_ds.clustering.embedding_store import EmbeddingStore, slice_bounds
-from mlcd_ds.clustering.sampling import Sample
+from mlcd_ds.clustering.row_sampling import Sample
 from mlcd_ds.errors import UserError
 
 SHARDS = (301, 1, 118, 0, 402)

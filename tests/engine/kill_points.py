@@ -19,7 +19,8 @@ import yaml
 from training_runs import DS_CONFIG, tiny_recipe
 
 from mlcd_ds.config import parse_recipe
-from mlcd_ds.distributed.deepspeed import choose_accelerator, fill_ds_config, initialize_engine, read_ds_config
+from mlcd_ds.distributed.deepspeed import initialize_engine
+from mlcd_ds.distributed.ds_config import choose_accelerator, fill_ds_config, read_ds_config
 from mlcd_ds.distributed.launch import Launch, process_group
 from mlcd_ds.engine import training_state
 from mlcd_ds.engine.checkpoint import Checkpointer

@@ -23,7 +23,7 @@ from mlcd_ds.config import (
     recipe_names,
     with_precision,
 )
-from mlcd_ds.distributed.deepspeed import (
+from mlcd_ds.distributed.ds_config import (
     ELSEWHERE,
     check_zero_section,
     fill_ds_config,
@@ -38,7 +38,7 @@ from mlcd_ds.engine.phases import Phase, phase_at, phases
 from mlcd_ds.engine.schedule import learning_rate
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.vit import ViT, ViTConfig
-from mlcd_ds.train import resolve_ds_config
+from mlcd_ds.stages.train import resolve_ds_config
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 MODEL = {"image_size": 32, "patch_size": 16, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64, "embed_dim": 16}

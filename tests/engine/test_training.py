@@ -17,12 +17,12 @@ from distributed_harness import TinyData, assert_close, assert_differs, quiet_en
 from torch import Tensor
 from training_runs import DS_CONFIG, checkpoints, curves, final_weights, start, tiny_recipe, write_recipe
 
-from mlcd_ds.data.dali import clip_pixels
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.loader import AugmentConfig, StreamSlice, TrainLoader
 from mlcd_ds.data.order import SampleOrder
+from mlcd_ds.data.pixels import clip_pixels
 from mlcd_ds.data.shard_index import ShardIndex
-from mlcd_ds.heads.sampling import mixed_seed
+from mlcd_ds.heads.class_sampling import mixed_seed
 from mlcd_ds.models.noise import TrainingNoise
 from mlcd_ds.models.vit import ViT, ViTConfig
 
@@ -92,7 +92,7 @@ def test_the_other_loss_optimizer_and_sample_train(tiny_data: TinyData, tmp_path
 
 
 def test_a_run_starts_from_an_export(tiny_data: TinyData, finished: Callable[[str], Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mlcd_ds.export", "--run", str(finished("one rank")), "--out", "export"]
+    command = [sys.executable, "-m", "mlcd_ds", "export", "--run", str(finished("one rank")), "--out", "export"]
     subprocess.run(command, cwd=tmp_path, env=quiet_environment(), check=True)
     recipe = write_recipe(tmp_path / "tiny.yaml", tiny_data.index, tiny_data.labels)
     overrides = ("--init-from", str(tmp_path / "export"), "train.steps=3", "optimizer.lr=1e-9")

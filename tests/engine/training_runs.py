@@ -48,10 +48,10 @@ def launcher(name: str, num_ranks: int) -> list[str]:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     if name == "python":
-        return [sys.executable, "-m", "mlcd_ds.train"]
+        return [sys.executable, "-m", "mlcd_ds", "train"]
     if name == "torchrun":
         run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks)]
-        return [*run, "--master_addr", "127.0.0.1", "--master_port", port, "-m", "mlcd_ds.train"]
+        return [*run, "--master_addr", "127.0.0.1", "--master_port", port, "-m", "mlcd_ds", "train"]
     run = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(num_ranks)]
     return [*run, "--master_port", port, str(ROOT / "mlcd_ds/train.py")]
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mlcd_ds.evaluation.accuracy import bootstrap_standard_error, confusion_matrix, per_class_accuracy
 from mlcd_ds.evaluation.linear_probe import L2_GRID, LogisticFit, fit_logistic, linear_probe, stratified_split
-from mlcd_ds.evaluation.metrics import bootstrap_standard_error, confusion_matrix, per_class_accuracy
 
 
 def blobs(num: int, num_classes: int, width: int, distance: float, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -15,11 +15,11 @@ from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads import negatives
 from mlcd_ds.heads.centers import Centers
+from mlcd_ds.heads.choose_exp_block import choose_exp_block
 from mlcd_ds.heads.groups import make_head_groups
-from mlcd_ds.heads.kernels import choose_exp_block
-from mlcd_ds.heads.matmul import Matmul
 from mlcd_ds.heads.negatives import BlockShape, Negatives, TorchExpBlock
 from mlcd_ds.heads.partial_fc import HeadConfig, PartialFCHead
+from mlcd_ds.kernels.matmul import Matmul
 from mlcd_ds.objectives.class_losses import ClassLoss, ObjectiveConfig
 
 NUM_IMAGES, NUM_CLASSES, NUM_SAMPLED, DIM, NUM_LABELS = 19, 60, 43, 24, 3

@@ -18,9 +18,9 @@ from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.optimizer import head_optimizer
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.groups import HeadGroups, make_head_groups
+from mlcd_ds.heads.head_state import load_head, save_head
 from mlcd_ds.heads.partial_fc import HeadConfig, PartialFCHead, attach_gradient, without_repeats
 from mlcd_ds.heads.row_optimizer import RowOptimizer
-from mlcd_ds.heads.state import load_head, save_head
 from mlcd_ds.objectives.class_losses import ClassLoss, ObjectiveConfig
 
 NUM_CLASSES, DIM, GLOBAL_BATCH, NUM_LABELS = 37, 8, 18, 3

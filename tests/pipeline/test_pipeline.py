@@ -15,10 +15,11 @@ from distributed_harness import TinyData, quiet_environment
 from safetensors.torch import load_file
 
 from mlcd_ds.config import load_recipe, recipe_names
-from mlcd_ds.data.dali import ImageDecoder, clip_pixels
+from mlcd_ds.data.dali import ImageDecoder
 from mlcd_ds.data.loader import shard_images
+from mlcd_ds.data.pixels import clip_pixels
 from mlcd_ds.data.shard_index import ShardIndex
-from mlcd_ds.encoders import load_encoder
+from mlcd_ds.encoders.registry import load_encoder
 from mlcd_ds.engine.weights import load_backbone, newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,9 +38,9 @@ train: {{steps: {STEPS}, global_batch: 16, precision: fp32, checkpoint_every: 4,
 
 
 def mlcd(stage: str, *arguments: object, status: int = 0) -> str:
-    """Run `python -m mlcd_ds.STAGE`; returns what it said."""
+    """Run `python -m mlcd_ds STAGE`; returns what it said."""
     done = subprocess.run(
-        [sys.executable, "-m", f"mlcd_ds.{stage}", *map(str, arguments)],
+        [sys.executable, "-m", "mlcd_ds", stage, *map(str, arguments)],
         env={**quiet_environment(), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -173,7 +174,7 @@ def test_script_and_module_forms_are_the_same_program() -> None:
         [sys.executable, "mlcd_ds/train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     by_module = subprocess.run(
-        [sys.executable, "-m", "mlcd_ds.train", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "mlcd_ds", "train", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert by_path.stdout == by_module.stdout and "--deepspeed_config" in by_path.stdout
 

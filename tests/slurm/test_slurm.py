@@ -106,7 +106,7 @@ def test_training_command_and_rendezvous(slurm: SlurmCluster, tmp_path: Path) ->
     job = slurm.wait_finished(job_id, JOB_DEADLINE_S)
     assert job.state == "COMPLETED", job.log()
     arguments = (
-        "-m mlcd_ds.train --deepspeed_config ds_configs/zero1_fp32_cpu.json --recipe demo "
+        "-m mlcd_ds train --deepspeed_config ds_configs/zero1_fp32_cpu.json --recipe demo "
         f"train.out={tmp_path}/run data.index={tmp_path}/index/train data.labels={tmp_path}/labels "
         f"data.clusters={tmp_path}/clusters a.b=c d"
     )

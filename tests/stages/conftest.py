@@ -1,9 +1,6 @@
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "data_pipeline"))  # shard_maker
 
 
 @pytest.fixture(scope="session")

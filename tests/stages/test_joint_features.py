@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from distributed_harness import TinyData, assert_close, assert_differs
 from torch import Tensor
 
-from mlcd_ds import embed, index
 from mlcd_ds.clustering.embedding_store import EmbeddingStore
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
+from mlcd_ds.stages import embed, index
 
 TOLERANCE = 1e-3  # rows are fp16
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789-.,:;()'\"&!?"

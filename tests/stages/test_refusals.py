@@ -10,8 +10,8 @@ import pytest
 from commands import STAGES, message_of, run
 from shard_maker import ROOT, Finished, plain_shard, run_stage
 
-from mlcd_ds.clustering.state import STATE_NAME
-from mlcd_ds.manifest import MANIFEST_NAME
+from mlcd_ds.artefacts.manifest import MANIFEST_NAME
+from mlcd_ds.clustering.kmeans_state import STATE_NAME
 
 
 @pytest.fixture

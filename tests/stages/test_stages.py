@@ -13,15 +13,16 @@ import torch
 from commands import COUNTS, STAGES, flags_of, message_of, run
 from shard_maker import ROOT, child_environment, run_stage
 
-from mlcd_ds import embed
+from mlcd_ds.artefacts.manifest import MANIFEST_NAME, Manifest, read_manifest
 from mlcd_ds.cli import STAGES as ALL_STAGES
 from mlcd_ds.clustering.embedding_store import EmbeddingManifest
 from mlcd_ds.data import reference
 from mlcd_ds.data.crops import center_boxes
 from mlcd_ds.data.dali import EncodedBatch
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
-from mlcd_ds.encoders import Encoder, load_encoder
-from mlcd_ds.manifest import MANIFEST_NAME, Manifest, read_manifest
+from mlcd_ds.encoders.base import Encoder
+from mlcd_ds.encoders.registry import load_encoder
+from mlcd_ds.stages import embed
 
 NEXT = {"index": "embed", "embed": "cluster", "cluster": "assign", "assign": "train"}
 
@@ -67,16 +68,15 @@ def test_mlcd_alone_lists_the_stages() -> None:
 
 
 def test_all_ways_to_start_a_stage_are_the_same(finished: Path) -> None:
-    """The console script, python -m, and the file itself (as the deepspeed launcher starts it)."""
+    """The console script and python -m."""
     ways = (
         [Path(sys.executable).parent / "mlcd", "index"],
-        [sys.executable, "-m", "mlcd_ds.index"],
-        [sys.executable, "mlcd_ds/index.py"],
+        [sys.executable, "-m", "mlcd_ds", "index"],
     )
     helps = [start(*way, "--help") for way in ways]
     assert all(done.returncode == 0 and done.stdout == helps[0].stdout for done in helps), helps
     assert helps[0].stdout == run_stage("index", "--help").out
-    again = [start(*way, *flags_of("index", finished, max_megapixels=2)) for way in ways[1:]]
+    again = [start(*way, *flags_of("index", finished, max_megapixels=2)) for way in ways]
     assert [done.returncode for done in again] == [2, 2] and again[0].stderr == again[1].stderr
     assert again[0].stderr.startswith("error: ") and again[0].stderr.count("\n") == 1
 
@@ -151,7 +151,7 @@ def test_cluster_goes_on_from_its_state(finished: Path, tmp_path: Path) -> None:
 def test_two_ranks_embed_what_one_embeds(finished: Path, tmp_path: Path) -> None:
     done = start(
         sys.executable,
-        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "mlcd_ds.embed"),
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "mlcd_ds", "embed"),
         *flags_of("embed", finished, out=tmp_path / "embed"),
     )
     assert done.returncode == 0, done.stderr

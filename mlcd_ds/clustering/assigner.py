@@ -1,0 +1,25 @@
+"""What finds nearest centres: a small interface. choose_assigner.py picks one of its implementations.
+
+B rows of a block, C centres, E width, k centres wanted. A *score* is larger for a nearer centre: `x . c` for cosine,
+`x . c - |c|^2 / 2` for euclidean, so that `|x - c|^2 = |x|^2 - 2 score`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+Metric = Literal["cosine", "euclidean"]
+AssignerName = Literal["auto", "faiss", "torch", "triton"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class Assigner(Protocol):
+    """Finds, for rows [B, E], the `k` centres of largest score."""
+
+    def set_centers(self, centers_CE: Tensor) -> None:
+        """Take fp32 centres [C, E]."""
+
+    def search(self, rows_BE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Scores fp32 [B, k], largest first, and centres int64 [B, k]."""

@@ -1,0 +1,67 @@
+"""Nearest centres by faiss, on the CPU and on the GPU. The only file that imports faiss.
+
+B rows of a block, C centres, E width, k centres wanted.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlcd_ds.clustering.assigner import Metric
+from mlcd_ds.errors import UserError
+
+
+class FaissAssigner:
+    """Exhaustive search by faiss on the CPU, in fp32."""
+
+    def __init__(self, metric: Metric = "cosine") -> None:
+        self._faiss = _import_faiss()
+        self._metric = metric
+
+    def set_centers(self, centers_CE: Tensor) -> None:
+        self._centers_CE = np.ascontiguousarray(centers_CE.cpu().float().numpy())
+
+    def search(self, rows_BE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        faiss, rows = self._faiss, np.ascontiguousarray(rows_BE.float().numpy())
+        euclidean = self._metric == "euclidean"
+        kind = faiss.METRIC_L2 if euclidean else faiss.METRIC_INNER_PRODUCT
+        values, nearest = faiss.knn(rows, self._centers_CE, k, metric=kind)
+        values_Bk = torch.from_numpy(values)
+        if euclidean:
+            values_Bk = (rows_BE.float().square().sum(dim=1, keepdim=True) - values_Bk) / 2
+        return values_Bk, torch.from_numpy(nearest)
+
+
+class FaissGpuAssigner:
+    """Exhaustive search by faiss on this process's GPU; rows and centres in fp32, or in bf16 with fp32 sums."""
+
+    def __init__(self, metric: Metric = "cosine", is_bf16: bool = True) -> None:
+        self._faiss = _import_faiss()
+        if not hasattr(self._faiss, "StandardGpuResources"):
+            raise UserError('--assigner faiss on a GPU needs its GPU build: pip install "mlcd_ds[gpu]".')
+        import faiss.contrib.torch_utils  # noqa: F401  (its functions then take tensors)
+
+        self._resources = self._faiss.StandardGpuResources()
+        self._metric, self._dtype = metric, torch.bfloat16 if is_bf16 else torch.float32
+
+    def set_centers(self, centers_CE: Tensor) -> None:
+        self._centers_CE = centers_CE.cuda().to(self._dtype).contiguous()
+
+    def search(self, rows_BE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        faiss, rows = self._faiss, rows_BE.cuda().to(self._dtype).contiguous()
+        euclidean = self._metric == "euclidean"
+        kind = faiss.METRIC_L2 if euclidean else faiss.METRIC_INNER_PRODUCT
+        values_Bk, nearest_Bk = faiss.knn_gpu(self._resources, rows, self._centers_CE, k, metric=kind)
+        if euclidean:
+            values_Bk = (rows.float().square().sum(dim=1, keepdim=True) - values_Bk) / 2
+        return values_Bk.float(), nearest_Bk
+
+
+def _import_faiss():
+    try:
+        import faiss
+    except ImportError:
+        raise UserError('faiss is not installed: pip install "mlcd_ds[cpu]" (or [gpu]).') from None
+    return faiss

@@ -1,0 +1,72 @@
+"""The state of a clustering after an iteration, in one file that any number of ranks goes on from.
+
+A safetensors file: centres fp32 [C, E], counts int64 [C], and in its header the history, the key of the work, and a
+checksum. Written array by array: the centres of a million clusters are not copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+
+from mlcd_ds.artefacts.files import write_atomic
+from mlcd_ds.clustering.kmeans import Clustering, Iteration
+from mlcd_ds.errors import UserError
+
+STATE_NAME = "state.safetensors"
+
+
+def save_state(path: Path, key: str, clustering: Clustering) -> None:
+    """Write centres, counts and history: whole or not at all."""
+    arrays = {"centers": clustering.centers_CE.cpu().numpy(), "counts": clustering.counts_C}
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    metadata = {"key": key, "history": json.dumps([dataclasses.asdict(i) for i in clustering.history])}
+    header, begin = {"__metadata__": {**metadata, "sha256": _digest(arrays, metadata)}}, 0
+    for name, array in arrays.items():
+        kind = {"f4": "F32", "i8": "I64"}[array.dtype.str[1:]]
+        offsets = [begin, begin + array.nbytes]
+        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": offsets}
+        begin = offsets[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(file) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            file.write(memoryview(array).cast("B"))
+
+    write_atomic(path, write)
+
+
+def load_state(path: Path, key: str) -> Clustering | None:
+    """The saved state of this very clustering, or None. Raises UserError when the file is damaged."""
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = header["__metadata__"]
+        if metadata["key"] != key:
+            return None
+        arrays = load_tensors(content)
+        history = tuple(Iteration(**entry) for entry in json.loads(metadata["history"]))
+        is_whole = _digest(arrays, {"key": key, "history": metadata["history"]}) == metadata["sha256"]
+    except (ValueError, KeyError, TypeError, SafetensorError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{path} is damaged. Pass --overwrite to begin from the first iteration.")
+    return Clustering(torch.from_numpy(arrays["centers"]), arrays["counts"], history)
+
+
+def _digest(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in ("centers", "counts"):
+        digest.update(memoryview(np.ascontiguousarray(arrays[name])).cast("B"))
+    return digest.hexdigest()

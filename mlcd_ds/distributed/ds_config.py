@@ -1,0 +1,153 @@
+"""The DeepSpeed file: checked, and filled from the recipe.
+
+DeepSpeed accepts unknown top-level keys in silence (`zero_optimisation` runs at stage 0), so they are checked here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlcd_ds.artefacts.typed import first_problem
+from mlcd_ds.errors import UserError
+
+# What may stand at the top of a ds_configs file. Optimizer and schedule belong to the recipe.
+KNOWN_KEYS = frozenset(
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping fp16 bf16 "
+    "zero_optimization zero_allow_untested_optimizer communication_data_type prescale_gradients "
+    "gradient_predivide_factor data_types steps_per_print wall_clock_breakdown memory_breakdown comms_logger "
+    "flops_profiler activation_checkpointing tensor_parallel compile torch_autocast dump_state "
+    "disable_allgather aio graph_harvesting".split()
+)
+ELSEWHERE = {
+    "optimizer": "the recipe's optimizer section",
+    "scheduler": "the recipe's optimizer section",
+    "tensorboard": "training writes TensorBoard by itself",
+}
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """Read a ds_configs file; UserError names unknown keys and those that belong elsewhere."""
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"--deepspeed_config {path}: no such file (ours are in ds_configs/).") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"--deepspeed_config {path} is not valid JSON: {error}.") from None
+    _check_section(config, path, "the file")
+    for key in config:
+        if key in ELSEWHERE:
+            raise UserError(f"{path}: {key!r} is not set here: {ELSEWHERE[key]}.")
+        if key not in KNOWN_KEYS:
+            raise UserError(f"{path}: unknown key {key!r}. Known: {', '.join(sorted(KNOWN_KEYS))}.")
+    return config
+
+
+def fill_ds_config(config: dict[str, Any], path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Put the recipe's `values` (dotted DeepSpeed keys) where the file says "auto" or nothing.
+
+    A value that the file states otherwise is an error that names both. No "auto" may be left.
+    """
+    filled = json.loads(json.dumps(config))
+    for dotted, (value, source) in values.items():
+        *parents, last = dotted.split(".")
+        place = filled
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            _check_section(place, path, parent)
+        stated = place.get(last, "auto")
+        if stated != "auto" and stated != value:
+            raise UserError(f'{path}: {dotted} is {stated}, but {source} makes it {value}. Write "auto" or change one.')
+        place[last] = value
+    _refuse_auto(filled, path, "")
+    return filled
+
+
+def _check_section(value: Any, path: Path, name: str) -> None:
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {name} must be a mapping of keys in braces, not {value!r}.")
+
+
+def _refuse_auto(value: Any, path: Path, key: str) -> None:
+    if value == "auto":
+        raise UserError(f'{path}: {key} cannot be "auto": nothing in the recipe says what it is.')
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_auto(inner, path, f"{key}.{name}".lstrip("."))
+
+
+def choose_accelerator() -> None:
+    """Tell DeepSpeed, before it is imported, what it would otherwise guess with a warning."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_zero_section(config: dict[str, Any], path: Path) -> int:
+    """Validate `zero_optimization` by DeepSpeed's own model; returns the stage."""
+    return int(_zero_section(config, path).stage)
+
+
+@dataclass(frozen=True)
+class ZeroBuffers:
+    """Elements of what ZeRO keeps beside weights, gradients and states: its buckets of gradients, all together; and at
+    stage 3 the most weights that are gathered at a time, and those of one collective."""
+
+    gradients: int = 0
+    live: int = 0
+    prefetched: int = 0
+
+
+def zero_buffers(config: dict[str, Any], path: Path) -> ZeroBuffers:
+    """The buffers that a DeepSpeed file asks for."""
+    section = _zero_section(config, path)
+    is_double = section.overlap_comm and section.stage in (1, 2)  # one is filled while the other travels
+    gradients = int(section.reduce_bucket_size) * (2 if is_double else 1)
+    return ZeroBuffers(gradients, int(section.max_live_parameters), int(section.prefetch_bucket_size))
+
+
+def _zero_section(config: dict[str, Any], path: Path) -> Any:
+    choose_accelerator()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    section = config.get("zero_optimization", {})
+    _check_section(section, path, "zero_optimization")
+    try:
+        checked = DeepSpeedZeroConfig(**section)
+    except ValidationError as error:
+        raise UserError(f"{path}: zero_optimization: {first_problem(error)}.") from None
+    if checked.round_robin_gradients:  # DeepSpeed 0.19 then tells other parameters' weights and moments
+        raise UserError(f"{path}: zero_optimization.round_robin_gradients would spoil checkpoints: leave it out.")
+    if checked.offload_optimizer and checked.offload_optimizer.device != "none":
+        raise UserError(f"{path}: zero_optimization.offload_optimizer needs DeepSpeed's own AdamW: leave it out.")
+    if checked.offload_param and checked.offload_param.device == "nvme":
+        raise UserError(
+            f"{path}: zero_optimization.offload_param must have device cpu: nvme is not read by checkpoints."
+        )
+    return checked
+
+
+def stated_precision(config: dict[str, Any], path: Path) -> str:
+    """bf16 or fp16 where the file enables it or leaves it open ("auto"), else fp32."""
+    for name in ("bf16", "fp16"):
+        section = config.get(name, {})
+        _check_section(section, path, name)
+        if section.get("enabled") in (True, "auto"):
+            return name
+    return "fp32"
+
+
+def tensor_parallel_size(config: dict[str, Any], path: Path) -> int:
+    """`tensor_parallel.autotp_size`, 1 where it is not given. How layers are split is not the file's to say."""
+    section = config.get("tensor_parallel", {})
+    _check_section(section, path, "tensor_parallel")
+    if other := sorted(section.keys() - {"autotp_size"}):
+        raise UserError(f"{path}: tensor_parallel.{other[0]} is not set here: only autotp_size is.")
+    size = section.get("autotp_size", 1)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise UserError(f"{path}: tensor_parallel.autotp_size is {size!r}: it must be a whole number from 1 on.")
+    return size

@@ -1,0 +1,95 @@
+"""What a run tells: scalars as JSON lines and TensorBoard, and pages that show the data once.
+
+TensorBoard pages: loss (the loss and its two terms), optimizer (learning rate, gradient norms), speed (images/s,
+TFLOP/s of a rank in the backbone's matmuls, MFU on known GPUs, share of time spent waiting for data), memory; text: the
+resolved configuration; images: samples of some clusters; histogram: cluster sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mlcd_ds.artefacts.files import write_atomic
+from mlcd_ds.data.crops import center_boxes
+from mlcd_ds.data.dali import EncodedBatch, ImageDecoder
+from mlcd_ds.data.label_store import LabelStore
+from mlcd_ds.data.pixels import PixelFormat
+from mlcd_ds.data.shard_index import ShardIndex, ShardReader
+from mlcd_ds.errors import UserError
+
+METRICS_NAME = "metrics.jsonl"
+CLUSTERS_SHOWN, MEMBERS_SHOWN, SHOWN_SIZE = 8, 8, 96
+
+
+class RunLog:
+    """Scalars of a run; on a resumed run, entries after `first_step` are dropped first. Rank 0 has one."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path = folder / METRICS_NAME
+        kept = []
+        if self._path.exists():
+            entries = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in entries if json.loads(line)["step"] <= first_step]
+        write_atomic(self._path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
+        self._file = open(self._path, "ab", buffering=0)  # nothing is left for close() to fail on
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One entry: `page/name` -> value after `step` steps."""
+        try:
+            self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written ({error.strerror}). Free the disk, start again.") from None
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        self.writer.close()
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory so far in MB: of the GPU's allocator, or resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def log_data_pages(log: RunLog, index: ShardIndex, labels: LabelStore, recipe_yaml: str) -> None:
+    """The configuration as text, cluster sizes as a histogram, and a grid with a row of members for some clusters."""
+    log.writer.add_text("config", f"```yaml\n{recipe_yaml}```")
+    log.writer.add_histogram("clusters/images_per_center", labels.sizes(), 0)
+    log.writer.add_image("clusters/samples", cluster_grid(index, labels), 0)
+    log.writer.flush()
+
+
+def cluster_grid(index: ShardIndex, labels: LabelStore) -> np.ndarray:
+    """uint8 [3, H, W]: a line of images for each of some clusters, taken from the first shards."""
+    num_shards = min(len(index.shards), 8)
+    found = [(shard, row) for shard in range(num_shards) for row in range(int(index.counts[shard]))]
+    nearest = np.concatenate([labels.shard(shard)[:, 0] for shard in range(num_shards) if index.counts[shard]])
+    centers, counts = np.unique(nearest, return_counts=True)
+    by_size = centers[np.argsort(-counts, kind="stable")]
+    shown = by_size[np.linspace(0, max(0, (counts >= MEMBERS_SHOWN).sum() - 1), CLUSTERS_SHOWN).astype(int)]
+    grid = np.full((3, CLUSTERS_SHOWN * SHOWN_SIZE, MEMBERS_SHOWN * SHOWN_SIZE), 255, dtype=np.uint8)
+    reader = ShardReader(index)
+    decoder = ImageDecoder(1, PixelFormat(SHOWN_SIZE, (0.0,) * 3, (1.0,) * 3), torch.device("cpu"), num_threads=1)
+    for line, center in enumerate(shown):
+        for column, place in enumerate(np.flatnonzero(nearest == center)[:MEMBERS_SHOWN]):
+            shard, row = found[place]
+            samples = index.samples(shard)
+            box = center_boxes(samples.sizes_N2[row : row + 1])
+            decoder.push(EncodedBatch([reader.read(shard, samples.image, row)], box, np.zeros(1, np.int32)))
+            image = decoder.pop()[0].clamp(0, 255).to(torch.uint8).numpy()
+            y, x = line * SHOWN_SIZE, column * SHOWN_SIZE
+            grid[:, y : y + SHOWN_SIZE, x : x + SHOWN_SIZE] = image
+    reader.close()
+    return grid

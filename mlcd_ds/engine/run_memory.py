@@ -1,0 +1,69 @@
+"""How much memory a backbone's training takes on a rank: what ZeRO keeps and shards, and activations."""
+
+from __future__ import annotations
+
+import torch
+
+from mlcd_ds.distributed.ds_config import ZeroBuffers
+from mlcd_ds.engine.activations import Activations
+from mlcd_ds.engine.layout import Layout
+from mlcd_ds.models.layers import Recompute
+from mlcd_ds.models.vit import ViT, ViTConfig, num_parameters
+
+
+def training_memory(
+    config: ViTConfig,
+    precision: str,
+    layout: Layout,
+    micro_batch: int,
+    *,
+    recompute: Recompute = "none",
+    token_drop: float = 0.0,
+    is_accumulated: bool = False,
+    buffers: ZeroBuffers = ZeroBuffers(),  # noqa: B008  frozen
+) -> dict[str, int]:
+    """Bytes of a rank at the fullest moment of a step with AdamW, by what takes them: their sum is the peak.
+
+    `is_accumulated`: a step has several micro-batches. ZeRO's sharding is arXiv 1910.02054's, figure 1; the rest is
+    what DeepSpeed 0.19 was seen to keep (benchmarks/memory.py): an fp32 copy of the weights from stage 1 on, even of
+    fp32 weights; whole gradients between the micro-batches at stage 1; copies of the gradients in the optimizer's step.
+    """
+    with torch.device("meta"):
+        count = num_parameters(ViT(config)) // layout.tensor_parallel
+    stage = layout.zero_stage
+    owned = count // layout.data_parallel if stage else count  # the weights that this rank updates
+    is_autocast = precision == "bf16" and stage == 0
+    is_short = precision != "fp32" and not is_autocast
+    width = 2 if is_short else 4
+
+    weights = (owned if stage == 3 else count) * width
+    if is_autocast:
+        weights += count * 2  # as they are multiplied
+    if stage == 3 and layout.data_parallel > 1:
+        weights += (min(count, buffers.live) + min(count, buffers.prefetched)) * width
+    has_fp32_copy = stage > 0 or is_short
+    states = owned * (12 if has_fp32_copy else 8)
+    always = {"weights": weights, "optimizer states": states}
+
+    buckets = buffers.gradients * width if stage else 0
+    if stage == 0 and layout.num_ranks > 1:
+        buckets = min(buffers.gradients, count) * width
+    gradients = owned * width
+    before = 0  # gradients of earlier micro-batches
+    if stage == 3:
+        before = gradients
+    elif is_accumulated:
+        before = count * width if stage == 1 else gradients
+    activations = Activations(config, precision, recompute, token_drop, layout.tensor_parallel, is_autocast)
+    images = 3 * config.image_size**2 * 4
+    copies = (owned * width if stage else 0) + (owned * 4 if is_short else 0)
+    moments = (
+        {
+            "gradients": before,
+            "buckets of gradients": buckets if stage else 0,
+            "activations": micro_batch * (activations.kept_bytes + activations.backward_bytes + images),
+        },
+        {"gradients": gradients, "buckets of gradients": buckets},
+        {"gradients": gradients, "buckets of gradients": buckets if stage == 3 else 0, "copies of gradients": copies},
+    )
+    return always | max(moments, key=lambda parts: sum(parts.values()))

@@ -1,0 +1,194 @@
+"""Evaluate a frozen encoder on labelled shards: weighted kNN and a linear probe.
+
+Features are taken before the projection and computed once a shard. The linear probe is CLIP's: L-BFGS logistic
+regression, its L2 swept on a validation part of the training set, then fitted on all of it. kNN is weighted by
+exp(cosine / 0.07). Labels are read from the samples' .json members. Writes report.json and confusion.png.
+
+  mlcd evaluate --model runs/demo/export --train-index runs/demo/index/train --test-index runs/demo/index/test \\
+      --out runs/demo/evaluation/trained
+
+--model takes what `mlcd embed --encoder` takes: a Hugging Face folder, the folder of a training run, pixels,
+recipe:NAME (untrained), efficientnet-lite0. Start it with torchrun to share the shards over ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from mlcd_ds.artefacts.files import record_of, write_atomic, write_json
+from mlcd_ds.artefacts.manifest import Manifest, library_versions, write_manifest
+from mlcd_ds.data.dali import ImageDecoder
+from mlcd_ds.data.loader import shard_images
+from mlcd_ds.data.sample_labels import shard_labels
+from mlcd_ds.data.shard_index import ShardIndex
+from mlcd_ds.encoders.base import Encoder
+from mlcd_ds.encoders.registry import load_encoder
+from mlcd_ds.errors import UserError
+from mlcd_ds.evaluation.knn import usable_ks, weighted_knn
+from mlcd_ds.evaluation.linear_probe import ProbeResult, linear_probe
+from mlcd_ds.stages import runner
+from mlcd_ds.stages.per_shard import for_each_shard, work_key
+
+HEADLINE_K = 20
+
+
+class Options(runner.StageOptions):
+    """Options of `mlcd evaluate`."""
+
+    model: str = Field(description="encoder to evaluate, as for `mlcd embed --encoder`")
+    train_index: Path = Field(description="folder of `mlcd index` with the images to learn from")
+    test_index: Path = Field(description="folder of `mlcd index` with the held-out images")
+    classes: Path | None = Field(None, description="JSON list of class names, for the plot")
+    label_key: str = Field("label", description="key of the whole number in the samples' .json; null is no label")
+    seed: int = Field(0, ge=0, description="of the validation split")
+    batch_size: int = Field(64, ge=1, description="images a forward pass, per rank")
+    num_threads: int = Field(2, ge=1, description="decoding threads of a rank")
+
+
+class EvaluationManifest(Manifest):
+    """Manifest of `mlcd evaluate`."""
+
+    knn: dict[str, float]
+    linear_probe: float
+
+
+def compute_features(
+    encoder: Encoder, index: ShardIndex, folder: Path, options: Options, context: runner.Context, weights: str
+) -> None:
+    """Write features fp32 [n, D] and labels int64 [n] of the labelled images of each shard below `folder`."""
+    decoder = ImageDecoder(options.batch_size, encoder.pixels, context.device, options.num_threads)
+    numbers = {entry.name: number for number, entry in enumerate(index.shards) if entry.num_images}
+
+    def work(name: str) -> tuple[dict, dict]:
+        labels_N = shard_labels(index, numbers[name], options.label_key)
+        blocks = []
+        with torch.inference_mode():
+            for images_B3SS in shard_images(index, numbers[name], decoder):
+                blocks.append(encoder.encode(images_B3SS).float().cpu().numpy())
+        rows_ND = np.concatenate(blocks)[labels_N >= 0]
+        files = {f"{name}.npy": rows_ND, f"{name}.labels.npy": labels_N[labels_N >= 0]}
+        return {n: write_atomic(folder / n, lambda file, a=a: np.save(file, a)) for n, a in files.items()}, {}
+
+    key = work_key("evaluate", weights, encoder.pixels, index.manifest.fingerprint, options.label_key)
+    for_each_shard(context, folder, dict.fromkeys(numbers, key), work, f"features {folder.name}", options.overwrite)
+
+
+def read_features(
+    index: ShardIndex, folder: Path, label_key: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features fp32 [N, D] and labels int64 [N] of all labelled images."""
+    names = [entry.name for entry in index.shards if entry.num_images]
+    features = np.concatenate([np.load(folder / f"{name}.npy", allow_pickle=False) for name in names])
+    labels = np.concatenate([np.load(folder / f"{name}.labels.npy", allow_pickle=False) for name in names])
+    if not len(labels):
+        raise UserError(f"{index.folder}: no sample has a label under {label_key!r}. Name another --label-key.")
+    return torch.from_numpy(features).to(device), torch.from_numpy(labels).to(device)
+
+
+def class_names(options: Options, num_classes: int) -> list[str]:
+    """Names for the plot; numbers where none are given."""
+    if options.classes is None:
+        return [str(label) for label in range(num_classes)]
+    try:
+        names = json.loads(options.classes.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"--classes {options.classes} is not a readable JSON file.") from None
+    if not isinstance(names, list) or len(names) < num_classes:
+        raise UserError(f"--classes {options.classes} must be a list of at least {num_classes} names.")
+    return [str(name) for name in names]
+
+
+def run(options: Options, context: runner.Context) -> None:
+    """Compute features over all ranks; rank 0 evaluates and writes."""
+    train, test = ShardIndex(options.train_index), ShardIndex(options.test_index)
+    if train.manifest.fingerprint == test.manifest.fingerprint:
+        raise UserError(f"--train-index and --test-index are the same images ({options.test_index}): hold some out.")
+    for index in (train, test):
+        index.check_shards(context.group.rank, context.group.size)
+    encoder = load_encoder(options.model)
+    weights = encoder.fingerprint()
+    wanted = EvaluationManifest(
+        stage="evaluate",
+        parameters={
+            "weights_sha256": weights,
+            "pixels": asdict(encoder.pixels),
+            "label_key": options.label_key,
+            "seed": options.seed,
+        },
+        inputs={"train_index": train.manifest.fingerprint, "test_index": test.manifest.fingerprint},
+        files={},
+        versions=library_versions(),
+        knn={},
+        linear_probe=0.0,
+    )
+    if runner.already_done(options, context, EvaluationManifest, wanted):
+        return
+    runner.logger.info("evaluate: %s -> %s", encoder.name, options.out)
+    if options.dry_run:
+        return
+    encoder.to(context.device)
+    features = options.out / "features"
+    for split, index in (("train", train), ("test", test)):
+        compute_features(encoder, index, features / split, options, context, weights)
+    if context.group.is_main:
+        key, device = options.label_key, context.device
+        train_ND, train_labels_N = read_features(train, features / "train", key, device)
+        test_MD, test_labels_M = read_features(test, features / "test", key, device)
+        num_classes = int(train_labels_N.max()) + 1
+        if int(test_labels_M.max()) >= num_classes:
+            raise UserError(f"{options.test_index} has label {int(test_labels_M.max())}, which no training image has.")
+        ks = usable_ks(len(train_ND))
+        knn = weighted_knn(train_ND, train_labels_N, test_MD, test_labels_M, num_classes, ks)
+        generator = torch.Generator().manual_seed(options.seed)
+        probe = linear_probe(train_ND, train_labels_N, test_MD, test_labels_M, num_classes, generator)
+        write_results(options, encoder, knn, probe, wanted, class_names(options, num_classes))
+    context.group.barrier()
+
+
+def write_results(
+    options: Options,
+    encoder: Encoder,
+    knn: dict[int, float],
+    probe: ProbeResult,
+    wanted: EvaluationManifest,
+    names: list[str],
+) -> None:
+    """report.json, confusion.png and the manifest."""
+    from mlcd_ds.evaluation.plots import confusion_plot
+
+    headline = knn.get(HEADLINE_K, knn[min(knn)])
+    report = {
+        "model": encoder.name,
+        "knn": headline,
+        "knn_by_k": knn,
+        "linear_probe": probe.accuracy,
+        "linear_probe_se": probe.accuracy_se,
+        "linear_probe_mean_per_class": probe.mean_per_class,
+        "l2": probe.l2,
+        "num_train": probe.num_fit + probe.num_val,
+        "num_test": len(probe.predictions_M),
+    }
+    files = {"report.json": write_json(options.out / "report.json", report)}
+    confusion_plot(probe, names[: len(probe.per_class_accuracy)], options.out / "confusion.png")
+    files["confusion.png"] = record_of(options.out / "confusion.png")
+    scores = {"knn": {str(k): accuracy for k, accuracy in knn.items()}, "linear_probe": probe.accuracy}
+    write_manifest(options.out, wanted.model_copy(update={"files": files, **scores}))
+    runner.logger.info(
+        "evaluate: %s: kNN %.1f%%, linear probe %.1f%% +- %.1f (%d test images)",
+        encoder.name,
+        100 * headline,
+        100 * probe.accuracy,
+        100 * probe.accuracy_se,
+        report["num_test"],
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of `mlcd evaluate`."""
+    return runner.main("evaluate", Options, run, __doc__, argv)

@@ -1,0 +1,110 @@
+"""Export the backbone of a training run as a Hugging Face folder (`CLIPVisionModel`; rotary: `MLCDVisionModel`).
+
+Writes config.json, model.safetensors, preprocessor_config.json and, beside them because it is not part of that model,
+projection.safetensors: the linear map [E, D] from the pooled output to the embedding that the loss saw. Where positions
+are learned, open_clip's layout too: open_clip/model.safetensors (the keys below `visual.`) and open_clip/config.json.
+
+  mlcd export --run runs/demo/train --out runs/demo/export
+  python -c "import transformers; transformers.CLIPVisionModel.from_pretrained('runs/demo/export')"
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from safetensors.torch import save
+
+from mlcd_ds.artefacts.files import sha256_of, write_atomic, write_json
+from mlcd_ds.artefacts.manifest import Manifest, library_versions, write_manifest
+from mlcd_ds.data.pixels import CLIP_MEAN, CLIP_STD
+from mlcd_ds.engine.weights import BACKBONE_NAME, load_backbone, newest_checkpoint, read_checkpoint
+from mlcd_ds.errors import UserError
+from mlcd_ds.models.convert import to_vision_model, vision_config
+from mlcd_ds.models.open_clip import open_clip_config, to_open_clip
+from mlcd_ds.stages import runner
+
+BICUBIC = 3  # Pillow's number, which preprocessor configs use
+
+
+class Options(runner.StageOptions):
+    """Options of `mlcd export`."""
+
+    run: Path = Field(description="folder of `mlcd train` (train.out)")
+
+
+class ExportManifest(Manifest):
+    """Manifest of `mlcd export`; `step` is the checkpoint's."""
+
+    step: int
+
+
+def preprocessor_config(image_size: int) -> dict:
+    """How our images are prepared, in the words of Hugging Face's CLIPImageProcessor."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": image_size},
+        "resample": BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [value / 255 for value in CLIP_MEAN],
+        "image_std": [value / 255 for value in CLIP_STD],
+        "do_convert_rgb": True,
+    }
+
+
+def run(options: Options, context: runner.Context) -> None:
+    """Convert and write; rank 0 alone has work."""
+    folder = newest_checkpoint(options.run)
+    model = load_backbone(folder)
+    checkpoint = read_checkpoint(folder)
+    if model.config.num_registers:
+        raise UserError(
+            f"{folder}: the model has {model.config.num_registers} registers, which Hugging Face's CLIP and MLCD and "
+            f"open_clip do not know: evaluate it with --model {options.run}, or train with model.num_registers=0."
+        )
+    wanted = ExportManifest(
+        stage="export",
+        parameters={"step": checkpoint.step},
+        inputs={"backbone": sha256_of(folder / BACKBONE_NAME)},
+        files={},
+        versions=library_versions(),
+        step=checkpoint.step,
+    )
+    if runner.already_done(options, context, ExportManifest, wanted):
+        return
+    runner.logger.info("export: %s -> %s", folder, options.out)
+    if options.dry_run or not context.group.is_main:
+        return
+    state = model.state_dict()
+    weights = save({name: value.contiguous() for name, value in to_vision_model(state).items()}, {"format": "pt"})
+    projection = save({"projection.weight": state["projection.weight"].contiguous()}, {"format": "pt"})
+    files = {
+        "model.safetensors": write_atomic(options.out / "model.safetensors", lambda file: file.write(weights)),
+        "projection.safetensors": write_atomic(
+            options.out / "projection.safetensors", lambda file: file.write(projection)
+        ),
+        "preprocessor_config.json": write_json(
+            options.out / "preprocessor_config.json", preprocessor_config(model.config.image_size)
+        ),
+        "config.json": write_json(options.out / "config.json", vision_config(model.config)),
+    }
+    if model.config.positions == "learned":
+        tower = save(to_open_clip(state, model.config), {"format": "pt"})
+        (options.out / "open_clip").mkdir(exist_ok=True)
+        files |= {
+            "open_clip/model.safetensors": write_atomic(
+                options.out / "open_clip/model.safetensors", lambda file: file.write(tower)
+            ),
+            "open_clip/config.json": write_json(options.out / "open_clip/config.json", open_clip_config(model.config)),
+        }
+    write_manifest(options.out, wanted.model_copy(update={"files": files}))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of `mlcd export`."""
+    return runner.main("export", Options, run, __doc__, argv)

@@ -1,0 +1,273 @@
+"""Index WebDataset shards: find every usable sample, and every bad one, once.
+
+Each image is decoded by DALI, the decoder that training uses, so that a broken one is found here and never later.
+Writes, per shard, a DALI index (`NAME.idx`) and the image sizes, and for the set `dropped.json`: which samples were
+left out, and why. The shards themselves are only read.
+
+  mlcd index --shards 'laion/part-*/*.tar' --out runs/laion/index
+  srun mlcd index ...        the same, with the shards dealt over the tasks
+
+The next stage is `mlcd embed`.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from mlcd_ds.artefacts.files import FileRecord, write_atomic, write_json
+from mlcd_ds.artefacts.manifest import library_versions, write_manifest
+from mlcd_ds.data.dali import decoded_sizes
+from mlcd_ds.data.shard_index import (
+    IMAGE_EXTENSIONS,
+    TAR_BLOCK,
+    IndexManifest,
+    Member,
+    ShardEntry,
+    format_idx,
+    split_name,
+)
+from mlcd_ds.errors import UserError
+from mlcd_ds.stages import runner
+from mlcd_ds.stages.per_shard import for_each_shard, work_key
+
+DECODE_BATCH = 128
+RESERVED_NAMES = ("sizes", "centers")
+DECODE_BYTES = 20_000_000  # of encoded images: bounds the memory that a batch of large photographs takes
+
+
+class Options(runner.StageOptions):
+    """Options of `mlcd index`."""
+
+    shards: tuple[str, ...] = Field(description="tars to index: paths or quoted glob patterns", min_length=1)
+    max_megapixels: float = Field(50.0, gt=0, description="drop larger images (their decoding would exhaust memory)")
+    num_threads: int = Field(2, ge=1, description="decoding threads of a rank")
+    skip_unreadable_shards: bool = Field(False, description="leave out tars that are broken, instead of failing")
+
+
+def find_shards(patterns: tuple[str, ...]) -> dict[str, Path]:
+    """Unique name -> path of every tar, in sorted order. Names keep what differs in the paths."""
+    paths: list[Path] = []
+    for pattern in patterns:
+        found = sorted(Path(match).resolve() for match in glob.glob(pattern, recursive=True))
+        if not found:
+            raise UserError(f"--shards {pattern!r} matches no file (from {Path.cwd()}).")
+        paths += found
+    paths = sorted(set(paths))
+    root = os.path.commonpath([path.parent for path in paths])
+    named: dict[str, Path] = {}
+    for path in paths:
+        name = str(path.relative_to(root).with_suffix("")).replace(os.sep, "--")
+        if name in named:
+            raise UserError(f"--shards: {named[name]} and {path} would both be called {name!r}. Rename one.")
+        if name in RESERVED_NAMES:
+            raise UserError(f"--shards: {path}: a stage's own file is called {name!r}. Rename the shard.")
+        named[name] = path
+    return named
+
+
+class Sample:
+    """Members of one key, in the order of the tar, and the image's bytes."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.members: list[Member] = []
+        self.image: bytes | None = None
+
+
+def read_samples(path: Path) -> Iterator[Sample]:
+    """Samples of a tar, as runs of members with the same key. Only regular files with an extension count; nothing is
+    written to disk. A tar without its end-of-archive mark was cut short: tarfile.ReadError."""
+    sample: Sample | None = None
+    with tarfile.open(path, "r:") as archive:
+        for info in archive:
+            key, extension = split_name(info.name)
+            if not info.isreg() or not extension:
+                continue
+            repeated = sample is not None and any(m.extension == extension for m in sample.members)
+            if sample is None or key != sample.key or repeated:
+                if sample is not None:
+                    yield sample
+                sample = Sample(key)
+            sample.members.append(Member(extension, info.offset_data, info.size, info.name))
+            if extension in IMAGE_EXTENSIONS and sample.image is None:
+                sample.image = archive.extractfile(info).read()  # type: ignore[union-attr]
+        if sample is not None:
+            yield sample
+        archive.fileobj.seek(archive.offset)  # tarfile stops at a bad header as it does at the end
+        if archive.fileobj.read(TAR_BLOCK) != bytes(TAR_BLOCK):
+            raise tarfile.ReadError(f"neither a member nor the end of the archive at byte {archive.offset}")
+
+
+def readable(name: str) -> str:
+    """The name as text that can be written; bytes that are not UTF-8 show as escapes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def header_problem(sample: Sample, seen: set[str], max_pixels: float) -> str | None:
+    """Why a sample cannot be used, as far as its names and the image's header tell."""
+    if sample.key in seen:
+        return "duplicate key"
+    if sample.key.startswith("/") or ".." in sample.key.split("/"):
+        return "key leads out of the folder"
+    if sample.image is None:
+        return "no image"
+    if any(member.name != readable(member.name) for member in sample.members):
+        return "name is not UTF-8"
+    if any(character.isspace() for member in sample.members for character in member.name):
+        return "white space in the name"  # a DALI index cannot hold it
+    if not sample.image:
+        return "empty image"
+    try:
+        with Image.open(io.BytesIO(sample.image)) as image:
+            width, height = image.size
+    except Image.DecompressionBombError:
+        return "too many pixels"
+    except Exception:  # Pillow raises many kinds for bytes that are no image
+        return "not an image"
+    return "too many pixels" if width * height > max_pixels else None
+
+
+class ShardScan:
+    """Goes through one tar: collects the usable samples with their sizes, and the reasons for the others."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._pending: list[Sample] = []
+        self._pending_bytes = 0
+        self.usable: list[list[Member]] = []
+        self.sizes: list[tuple[int, int]] = []
+        self.dropped: list[tuple[str, str]] = []
+        self.num_captions = 0
+
+    def run(self, path: Path) -> None:
+        """Scan all samples of a tar; tarfile.TarError and OSError pass through."""
+        seen: set[str] = set()
+        for sample in read_samples(path):
+            problem = header_problem(sample, seen, self._options.max_megapixels * 1e6)
+            seen.add(sample.key)
+            if problem:
+                self.dropped.append((readable(sample.key), problem))
+                continue
+            self._pending.append(sample)
+            self._pending_bytes += len(sample.image or b"")
+            if len(self._pending) == DECODE_BATCH or self._pending_bytes > DECODE_BYTES:
+                self._decode()
+        self._decode()
+
+    def _decode(self) -> None:
+        sizes = decoded_sizes([sample.image or b"" for sample in self._pending], self._options.num_threads)
+        for sample, size in zip(self._pending, sizes, strict=True):
+            if size is None:
+                self.dropped.append((sample.key, "cannot be decoded"))
+                continue
+            self.usable.append(sample.members)
+            self.sizes.append(size)
+            self.num_captions += any(member.extension == "txt" for member in sample.members)
+        self._pending.clear()
+        self._pending_bytes = 0
+
+
+def index_shard(name: str, path: Path, options: Options) -> tuple[dict[str, FileRecord], dict[str, Any]]:
+    """Index one tar. A tar that cannot be read to its end gives no files and a summary that says why."""
+    scan = ShardScan(options)
+    try:
+        scan.run(path)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        return {}, {"unreadable": f"{path}: {error}"}
+    sizes_N2 = np.array(scan.sizes, dtype=np.int32).reshape(-1, 2)
+    files = {
+        f"{name}.idx": write_atomic(options.out / f"{name}.idx", lambda file: file.write(format_idx(scan.usable))),
+        f"{name}.sizes.npy": write_atomic(options.out / f"{name}.sizes.npy", lambda file: np.save(file, sizes_N2)),
+    }
+    summary = {"num_images": len(scan.usable), "num_captions": scan.num_captions, "dropped": scan.dropped}
+    return files, {**summary, "bytes": path.stat().st_size}
+
+
+def run(options: Options, context: runner.Context) -> None:
+    """Index all shards over all ranks; rank 0 writes the manifest."""
+    paths = find_shards(options.shards)
+    parameters = options.model_dump(
+        mode="json", exclude={"out", "dry_run", "overwrite", "num_threads", "shards", "skip_unreadable_shards"}
+    )
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    keys = {name: work_key("index", parameters, name, size) for name, size in sizes.items()}
+    parameters["shards"] = work_key(sizes)  # a changed shard set is another work
+    wanted = IndexManifest(
+        stage="index",
+        parameters=parameters,
+        inputs={},
+        files={},
+        versions=library_versions(),
+        shards=[],
+        num_images=0,
+        num_captions=0,
+        dropped={},
+    )
+    if runner.already_done(options, context, IndexManifest, wanted):
+        return
+    runner.logger.info("index: %d shards, %.1f MB -> %s", len(paths), sum(sizes.values()) / 1e6, options.out)
+    if options.dry_run:
+        return
+    notes = for_each_shard(
+        context,
+        options.out,
+        keys,
+        lambda name: index_shard(name, paths[name], options),
+        what="index",
+        redo=options.overwrite,
+    )
+    unreadable = [note.summary["unreadable"] for note in notes.values() if "unreadable" in note.summary]
+    unreadable = context.group.gather_objects(unreadable)[0]
+    if unreadable and not options.skip_unreadable_shards:
+        raise UserError(
+            f"{len(unreadable)} shards cannot be read to their end: {'; '.join(unreadable[:5])}. "
+            "Fetch them again, or leave them out with --skip-unreadable-shards."
+        )
+    if context.group.is_main:
+        write_index_manifest(options, paths, {n: note for n, note in notes.items() if note.files}, wanted, unreadable)
+    context.group.barrier()
+
+
+def write_index_manifest(
+    options: Options, paths: dict[str, Path], notes: dict[str, Any], wanted: IndexManifest, unreadable: list[str]
+) -> None:
+    """Gather the shards' notes into `dropped.json` and `manifest.json`, and say what was dropped."""
+    dropped = {name: note.summary["dropped"] for name, note in notes.items() if note.summary["dropped"]}
+    reasons = Counter(reason for pairs in dropped.values() for _, reason in pairs)
+    files = {name: record for note in notes.values() for name, record in note.files.items()}
+    files["dropped.json"] = write_json(options.out / "dropped.json", {"shards": unreadable, "samples": dropped})
+    shards = [
+        ShardEntry(name=n, path=paths[n], bytes=note.summary["bytes"], num_images=note.summary["num_images"])
+        for n, note in notes.items()
+    ]
+    num_images = sum(shard.num_images for shard in shards)
+    if num_images == 0:
+        raise UserError(f"no usable image in {len(shards)} shards: see {options.out / 'dropped.json'}.")
+    manifest = wanted.model_copy(
+        update={
+            "files": files,
+            "shards": shards,
+            "num_images": num_images,
+            "num_captions": sum(note.summary["num_captions"] for note in notes.values()),
+            "dropped": dict(reasons),
+        }
+    )
+    write_manifest(options.out, manifest)
+    told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "none"
+    runner.logger.info("index: %d images, %d with captions; dropped: %s", num_images, manifest.num_captions, told)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of `mlcd index`."""
+    return runner.main("index", Options, run, __doc__, argv)

@@ -1,0 +1,223 @@
+"""What a run needs, before it is started: memory a GPU, time, images/s, what fits; and the clustering before.
+Needs no GPU and no data.
+
+  mlcd plan --recipe vit_l_14 --gpus 80 --gpu a100-80gb
+  mlcd plan --recipe vit_b_16 --gpus 8 --gpu h100 --zero 2 train.recompute=mlp
+  mlcd plan --recipe vit_bigg_14 --gpus 256 --deepspeed_config ds_configs/tp2_zero3_bf16.json
+
+Memory follows from shapes: what ZeRO keeps for AdamW (Muon keeps less), activations counted on two real blocks, the
+head by the formulas of docs/head.md; docs/design.md compares it with what was measured. Time follows from the
+operations of forward and backward and an *assumed* share of the GPU's peak (--mfu): measure yours, and give it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mlcd_ds.clustering.kmeans_memory import cluster_memory, predicted_seconds
+from mlcd_ds.config import Recipe, load_recipe, recipe_names, with_precision
+from mlcd_ds.distributed.ds_config import (
+    ZeroBuffers,
+    check_zero_section,
+    read_ds_config,
+    stated_precision,
+    tensor_parallel_size,
+    zero_buffers,
+)
+from mlcd_ds.engine.hardware import GPUS, Gpu
+from mlcd_ds.engine.layout import Layout, plan_batches
+from mlcd_ds.engine.phases import phases
+from mlcd_ds.engine.run_memory import training_memory
+from mlcd_ds.errors import UserError
+from mlcd_ds.heads.class_sampling import num_sampled
+from mlcd_ds.heads.class_shards import class_range
+from mlcd_ds.heads.head_memory import head_memory
+from mlcd_ds.models.layers import Recompute
+from mlcd_ds.models.noise import num_kept
+from mlcd_ds.models.vit import flops_per_image
+from mlcd_ds.stages import runner
+
+GIB = 2**30
+BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 50_000_000}  # as in ds_configs/
+RUNTIME_GIB = 2.0  # CUDA's and NCCL's own, and what the allocator cannot use: assumed
+RECOMPUTES: tuple[Recompute, ...] = ("none", "mlp", "block")
+
+
+def training_flops(recipe: Recipe, recompute: Recompute) -> float:
+    """Operations of one image's forward, backward (twice the forward) and recomputation; the mean over the phases."""
+    config, total = recipe.model, 0.0
+    for phase in phases(recipe):
+        forward = flops_per_image(config, phase.image_size, phase.token_drop)
+        num_patches = (phase.image_size // config.patch_size) ** 2
+        tokens = num_kept(num_patches, phase.token_drop, config.num_other_tokens) + config.num_other_tokens
+        mlp = 4 * tokens * config.width * config.mlp_width * config.depth
+        again = {"none": 0, "mlp": mlp, "block": forward}[recompute]
+        total += (3 * forward + again) * (phase.end - phase.begin)
+    return total / recipe.train.steps
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned: a recipe on GPUs in a layout."""
+
+    recipe: Recipe
+    layout: Layout
+    gpu_name: str
+    num_centers: int
+    buffers: ZeroBuffers
+
+    @property
+    def gpu(self) -> Gpu:
+        """The kind of GPU."""
+        return GPUS[self.gpu_name]
+
+    def memory_gib(self, micro_batch: int, recompute: Recompute) -> dict[str, float]:
+        """GiB on one GPU, by what takes it."""
+        recipe, layout = self.recipe, self.layout
+        backbones = (
+            training_memory(
+                recipe.model.model_copy(update={"image_size": phase.image_size}),
+                recipe.train.precision,
+                layout,
+                micro_batch,
+                recompute=recompute,
+                token_drop=phase.token_drop,
+                is_accumulated=micro_batch * layout.data_parallel < recipe.train.global_batch,
+                buffers=self.buffers,
+            )
+            for phase in phases(recipe)
+        )
+        fullest = max(backbones, key=lambda parts: sum(parts.values()))
+        parts = {f"backbone: {name}": size for name, size in fullest.items()}
+        shards = recipe.head.parallel_size or layout.num_ranks
+        # A micro-batch's images of all ranks that share the classes.
+        images = micro_batch * shards // layout.tensor_parallel
+        head = head_memory(shards, self.num_centers, recipe.model.embed_dim, images, recipe.objective.num_labels or 8)
+        parts["head: state"] = head.pop("state")
+        parts["head: during a step"] = sum(head.values())
+        return {name: size / GIB for name, size in parts.items()} | {"runtime (assumed)": RUNTIME_GIB}
+
+    def largest_micro_batch(self, recompute: Recompute) -> int:
+        """The largest micro-batch that fits, of those that divide a rank's part of the batch; 0 when none does."""
+        per_rank = self.recipe.train.global_batch // self.layout.data_parallel
+        fitting = [0]
+        for count in (n for n in range(1, per_rank + 1) if per_rank % n == 0):
+            if sum(self.memory_gib(count, recompute).values()) <= self.gpu.memory_gib:
+                fitting.append(count)
+        return fitting[-1]
+
+
+def page(job: Job, mfu: float | None) -> str:
+    """The whole plan as text."""
+    recipe, layout, gpu, train = job.recipe, job.layout, job.gpu, job.recipe.train
+    batches = plan_batches(recipe, layout, 0)
+    micro_batch, per_rank = batches.micro_batch, train.global_batch // layout.data_parallel
+    parts = job.memory_gib(micro_batch, train.recompute)
+    total = sum(parts.values())
+    flops = training_flops(recipe, train.recompute)
+    share = mfu or gpu.usual_mfu
+    step_s = flops * per_rank / layout.tensor_parallel / (gpu.peak_tflops * 1e12 * share)
+    classes = class_range(job.num_centers, recipe.head.parallel_size or layout.num_ranks, 0)
+    sampled = num_sampled(classes, recipe.head.sample_rate)
+    head_flops = 8 * train.global_batch * sampled * recipe.model.embed_dim
+    lines = [
+        f"{layout.num_ranks} x {job.gpu_name}, ZeRO {layout.zero_stage}, tensor parallel {layout.tensor_parallel}, "
+        f"{train.precision}; batch {train.global_batch} = {layout.data_parallel} x {per_rank // micro_batch} x "
+        f"{micro_batch}; recompute {train.recompute}",
+        "",
+        "Memory a GPU, GiB",
+        *(f"  {name:32}{size:8.2f}" for name, size in parts.items()),
+        f"  {'total':32}{total:8.2f} of {gpu.memory_gib:.0f}: {'fits' if total <= gpu.memory_gib else 'DOES NOT FIT'}",
+        "",
+        "Largest micro-batch that fits, images",
+    ]
+    for recompute in RECOMPUTES:
+        count = job.largest_micro_batch(recompute)
+        slower = training_flops(recipe, recompute) / training_flops(recipe, "none")
+        lines.append(
+            f"  train.recompute={recompute:6} {count:6}   {slower:.2f} x the operations"
+            + ("" if count else "; fewer states a GPU: a higher ZeRO stage or more GPUs")
+        )
+    images = train.steps * train.global_batch
+    lines += [
+        "",
+        f"Time at {100 * share:.0f} % of {gpu.peak_tflops} TFLOP/s ({'given' if mfu else 'assumed'})",
+        f"  a step {step_s:8.2f} s   {train.global_batch / step_s:10.0f} images/s in all   "
+        f"{train.global_batch / step_s / layout.num_ranks:8.0f} a GPU",
+        f"  {train.steps} steps, {images / 1e9:.2f} G images: {step_s * train.steps / 86400:8.1f} days",
+        f"  the head: {sampled} sampled classes a GPU, {100 * head_flops / (flops * per_rank):.2f} % of the operations",
+    ]
+    if total > gpu.memory_gib:
+        lines += ["", "To make it fit: a micro-batch of the table above (train.micro_batch_per_rank), or recompute."]
+    elif job.largest_micro_batch(train.recompute) > micro_batch:
+        lines += ["", "There is room for a larger train.micro_batch_per_rank: fewer, larger products and collectives."]
+    return "\n".join(lines)
+
+
+def clustering_lines(num_images: int, num_centers: int, dim: int, num_ranks: int) -> list[str]:
+    """What `mlcd cluster` takes before the training, on the same GPUs."""
+    memory = cluster_memory(num_images, num_centers, dim, num_ranks, torch.device("cuda"), is_bf16=True)
+    time = predicted_seconds(num_images, num_centers, dim, num_ranks)
+    return [
+        "",
+        f"Clustering {num_images:,} x {dim} into {num_centers:,} centres, speeds assumed (docs/clustering.md)",
+        f"  {sum(memory.values()) / GIB:.2f} GiB a GPU; {num_images * dim * 2 / num_ranks / GIB:.1f} GiB of embeddings "
+        "are read by a rank in a pass",
+        f"  a pass {time['iteration_s']:.0f} s, its reading {time['reading_s']:.0f} s, collectives "
+        f"{time['collectives_s']:.1f} s; all iterations {time['all_h']:.2f} h",
+    ]
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a number from 1 on")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `mlcd plan`."""
+    parser = argparse.ArgumentParser(
+        prog="mlcd plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys, such as train.recompute=mlp")
+    parser.add_argument("--recipe", default="vit_l_14", help=f"name or file (there are {', '.join(recipe_names())})")
+    parser.add_argument("--gpus", type=positive, default=80, help="how many (default: %(default)s)")
+    parser.add_argument("--gpu", choices=GPUS, default="a100-80gb", help="which (default: %(default)s)")
+    layout = parser.add_mutually_exclusive_group()
+    layout.add_argument("--deepspeed_config", type=Path, help="of the run (ours: ds_configs/)")
+    layout.add_argument("--zero", type=int, choices=range(4), default=1, help="ZeRO stage (default: %(default)s)")
+    parser.add_argument("--tensor-parallel", type=positive, help="ranks that share a layer (default: the file's, or 1)")
+    parser.add_argument("--num-centers", type=positive, default=1_000_000, help="classes (default: %(default)s)")
+    parser.add_argument("--num-images", type=positive, default=400_000_000, help="to cluster (default: %(default)s)")
+    parser.add_argument("--embedding-dim", type=positive, default=768, help="of the teacher (default: %(default)s)")
+    parser.add_argument("--mfu", type=float, help="share of the peak that your runs reach, such as 0.41")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the page."""
+    path = args.deepspeed_config or Path(f"ZeRO {args.zero}")
+    config: dict = {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": args.zero, **BUCKETS}}
+    if args.deepspeed_config:
+        config = read_ds_config(path)
+    if args.tensor_parallel:
+        config["tensor_parallel"] = {"autotp_size": args.tensor_parallel}
+    recipe = with_precision(load_recipe(args.recipe, tuple(args.overrides)), stated_precision(config, path))
+    layout = Layout(args.gpus, tensor_parallel_size(config, path), check_zero_section(config, path))
+    if "offload_param" in config.get("zero_optimization", {}):
+        raise UserError(f"{path}: what zero_optimization.offload_param saves is not planned: leave it out here.")
+    job = Job(recipe, layout, args.gpu, args.num_centers, zero_buffers(config, path))
+    lines = clustering_lines(args.num_images, args.num_centers, args.embedding_dim, args.gpus)
+    runner.logger.info("\n".join([page(job, args.mfu), *lines]))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of `mlcd plan`."""
+    args = build_parser().parse_intermixed_args(argv)
+    return runner.guarded(lambda context: run(args))

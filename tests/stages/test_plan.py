@@ -1,0 +1,157 @@
+"""The planner: its parts against counting by hand and against a real model, and what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlcd_ds.config import load_recipe
+from mlcd_ds.distributed.ds_config import ZeroBuffers
+from mlcd_ds.engine.activations import Activations, count_kept_bytes
+from mlcd_ds.engine.layout import Layout
+from mlcd_ds.engine.run_memory import training_memory
+from mlcd_ds.models.vit import ViT, ViTConfig, num_parameters
+from mlcd_ds.stages import plan
+
+CONFIG = ViTConfig(image_size=32, patch_size=8, width=32, depth=5, heads=2, mlp_width=128, embed_dim=16)
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+@pytest.mark.parametrize("token_drop", [0.0, 0.5])
+def test_activations_of_two_blocks_tell_those_of_five(recompute: str, token_drop: float) -> None:
+    counted = count_kept_bytes(CONFIG, recompute, token_drop)
+    assert Activations(CONFIG, "fp32", recompute, token_drop).kept_bytes == counted
+    shorter = CONFIG.model_copy(update={"depth": 4})
+    assert counted != Activations(shorter, "fp32", recompute, token_drop).kept_bytes
+
+
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("bf16", 2)])
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_activations_of_a_block_by_hand(precision: str, size: int, tensor_parallel: int) -> None:
+    """One block more: two norms, q, k, v, the attention's output and its logsumexp, the sum, the MLP."""
+    one, two = (
+        Activations(CONFIG.model_copy(update={"depth": depth}), precision, tensor_parallel=tensor_parallel).kept_bytes
+        for depth in (1, 2)
+    )
+    tokens, width = 17, 32
+    whole, split = 2 + 2, 3 + 1 + 2 * 4  # norms' inputs and outputs; q k v, attention's output, MLP before and after
+    statistics = 2 * 2 * tokens + 2 * tokens  # mean and deviation of two norms; logsumexp of two heads
+    expected = ((whole + split / tensor_parallel) * tokens * width + statistics) * size
+    assert two - one == pytest.approx(expected, rel=0.01)
+
+
+def test_what_the_backward_pass_adds() -> None:
+    """Two gradients in the MLP; with recomputation what the block had left out, which is all but its input."""
+    tokens, width = 17, 32
+    mlp = 2 * 4 * tokens * width * 4
+    assert Activations(CONFIG, "fp32").backward_bytes == mlp
+    plain, short = (Activations(CONFIG, "fp32", recompute).kept_bytes for recompute in ("none", "block"))
+    left_out = (plain - short) / CONFIG.depth
+    assert Activations(CONFIG, "fp32", "block").backward_bytes == pytest.approx(left_out + mlp, rel=1e-3)
+    assert Activations(CONFIG, "fp32", "mlp").backward_bytes < left_out + mlp
+    assert Activations(CONFIG, "fp32", tensor_parallel=2).backward_bytes == mlp // 2
+
+
+# Bytes a parameter on 4 data-parallel ranks: weights, states, and gradients with their buckets or copies at the fullest
+# moment, which is the optimizer's step or the end of the backward pass when there are no images.
+STATES = [
+    ("fp32", 0, False, 4, 8, 4 + 4),  # reduced in flat buckets
+    ("bf16", 0, False, 4 + 2, 8, 4 + 4),  # autocast: weights in both
+    ("fp16", 0, False, 2, 12, 2 + 4),
+    ("bf16", 1, False, 2, 3, 0.5 + 0.5 + 1),  # of a rank's part: gradients, a copy, and one in fp32
+    ("bf16", 1, True, 2, 3, 2 + 1),  # whole gradients between micro-batches
+    ("bf16", 2, True, 2, 3, 0.5 + 0.5 + 1),
+    ("fp32", 1, False, 4, 3, 1 + 2),
+    ("bf16", 3, False, 0.5 + 2 + 2, 3, 0.5 + 1 + 1.5),  # gathered, and once more in the collective; the bucket stays
+]
+
+
+@pytest.mark.parametrize(("precision", "stage", "is_accumulated", "weights", "states", "gradients"), STATES)
+def test_states_under_zero(
+    precision: str, stage: int, is_accumulated: bool, weights: float, states: float, gradients: float
+) -> None:
+    with torch.device("meta"):
+        count = num_parameters(ViT(CONFIG)) // 2
+    elements = count if stage == 0 else count // 2
+    parts = training_memory(
+        CONFIG,
+        precision,
+        Layout(8, 2, stage),
+        0,
+        is_accumulated=is_accumulated,
+        buffers=ZeroBuffers(elements, 10**9, 10**9),
+    )
+    assert parts["weights"] == pytest.approx(count * weights, rel=1e-3)
+    assert parts["optimizer states"] == pytest.approx(count * states, rel=1e-3)
+    others = sum(size for name, size in parts.items() if "gradients" in name)
+    assert others == pytest.approx(count * gradients, rel=1e-3)
+
+
+def test_what_stage_3_gathers_is_as_the_file_says(capfd: pytest.CaptureFixture, tmp_path: Path) -> None:
+    content = json.loads(Path("ds_configs/zero3_bf16.json").read_text())
+    content["zero_optimization"] |= {"stage3_max_live_parameters": 10**8, "stage3_prefetch_bucket_size": 10**6}
+    (tmp_path / "small.json").write_text(json.dumps(content))
+    shown = []
+    for path in (Path("ds_configs/zero3_bf16.json"), tmp_path / "small.json"):
+        assert plan.main(["--deepspeed_config", str(path)]) == 0
+        text = "".join(capfd.readouterr())
+        shown.append(float(text.split("backbone: weights")[1].split()[0]))
+    own = 304 * 10**6 / 80  # ViT-L/14's parameters
+    assert shown[0] == pytest.approx((own + 304e6 + 50e6) * 2 / 2**30, rel=0.02)
+    assert shown[1] == pytest.approx((own + 100e6 + 1e6) * 2 / 2**30, rel=0.05)
+    content["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    (tmp_path / "small.json").write_text(json.dumps(content))
+    assert plan.main(["--deepspeed_config", str(tmp_path / "small.json")]) == 2
+    assert "offload_param" in "".join(capfd.readouterr())
+    (tmp_path / "small.json").write_text('{"zero_optimization": 3}')
+    assert plan.main(["--deepspeed_config", str(tmp_path / "small.json")]) == 2
+    assert "zero_optimization must be a mapping" in "".join(capfd.readouterr())
+
+
+def test_the_papers_job(capfd: pytest.CaptureFixture) -> None:
+    assert plan.main(["--recipe", "vit_l_14", "--gpus", "80", "--gpu", "a100-80gb"]) == 0
+    told = capfd.readouterr()
+    text = told.out + told.err
+    assert "batch 32800 = 80 x 5 x 82" in text and "80: fits" in text and "1250 sampled classes" in text
+    assert "assumed" in text and "12.47 G images" in text
+    assert "Clustering 400,000,000 x 768 into 1,000,000 centres" in text and "a pass 38 s" in text
+    job = plan.Job(load_recipe("vit_l_14"), Layout(80, 1, 1), "a100-80gb", 10**6, ZeroBuffers(10**8))
+    assert plan.training_flops(job.recipe, "none") == pytest.approx(486e9, rel=0.01)  # as all count ViT-L/14 at 224 px
+    largest = job.largest_micro_batch("none")
+    assert sum(job.memory_gib(largest, "none").values()) <= 80 < sum(job.memory_gib(2 * largest, "none").values())
+
+
+@pytest.mark.parametrize("name", ["zero1_bf16", "zero2_bf16", "zero3_bf16"])
+def test_a_file_of_ours_is_planned_as_its_stage(capfd: pytest.CaptureFixture, name: str) -> None:
+    assert plan.main(["--deepspeed_config", f"ds_configs/{name}.json"]) == 0
+    of_file = "".join(capfd.readouterr())
+    assert plan.main(["--zero", name[4]]) == 0
+    assert "".join(capfd.readouterr()) == of_file and f"ZeRO {name[4]}" in of_file
+    assert plan.main(["--deepspeed_config", "ds_configs/tp2_zero1_bf16.json"]) == 0
+    assert "ZeRO 1, tensor parallel 2" in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "7"], "data.num_streams 160 is not a multiple of the 7 data-parallel ranks"),
+        (["train.micro_batch_per_rank=81"], "train.micro_batch_per_rank 81 does not divide the 410 images"),
+        (["head.parallel_size=7"], "head.parallel_size 7 must divide the 80 ranks"),
+        (["--tensor-parallel", "3"], "tensor parallel size 3 does not divide the 80 ranks"),
+        (["--tensor-parallel", "5"], "tensor parallel size 5 does not divide model.heads 16"),
+    ],
+)
+def test_what_training_would_refuse_is_refused(
+    capfd: pytest.CaptureFixture, arguments: list[str], message: str
+) -> None:
+    assert plan.main(arguments) == 2
+    assert message in "".join(capfd.readouterr())
+
+
+def test_what_does_not_fit_is_said(capfd: pytest.CaptureFixture) -> None:
+    assert plan.main(["--gpus", "8", "--gpu", "a100-40gb", "train.micro_batch_per_rank=null"]) == 0
+    text = "".join(capfd.readouterr())
+    assert "DOES NOT FIT" in text and "To make it fit" in text
