@@ -61,7 +61,7 @@ class OptimizerConfig(Frozen):
 
 
 class PhaseConfig(Frozen):
-    """A first part of a run with other images. What is null is as in the rest of the run."""
+    """A first part of a run with other images. A null value inherits the run's."""
 
     until: int = Field(ge=1, description="the phase ends after this many steps of the run")
     image_size: int | None = Field(None, ge=1, description="pixels; model.image_size comes after the last phase")

@@ -54,10 +54,10 @@ def first_centers(
 def random_centers(rows: Rows, group: Group, num_centers: int, metric: Metric, seed: int) -> Tensor:
     """`num_centers` different rows, drawn by the seed alone. Collective: one all-reduce of [C, E]."""
     chosen_K = np.random.default_rng(seed).choice(rows.num_rows, num_centers, replace=False, shuffle=False)
-    return picked(rows, group, chosen_K, metric)
+    return gather_rows(rows, group, chosen_K, metric)
 
 
-def picked(rows: Rows, group: Group, numbers_K: np.ndarray, metric: Metric) -> Tensor:
+def gather_rows(rows: Rows, group: Group, numbers_K: np.ndarray, metric: Metric) -> Tensor:
     """fp32 [K, E] on every rank, of unit length for the cosine. Collective: one all-reduce of [K, E]."""
     rows_KE = group.all_reduce_sum(rows.pick(numbers_K))
     return F.normalize(rows_KE, dim=1) if metric == "cosine" else rows_KE
@@ -127,7 +127,7 @@ def two_level_centers(
     rank_in_cell_N = np.arange(len(order_N)) - np.searchsorted(cells_N[order_N], cells_N[order_N])
     chosen_K = numbers_N[order_N][rank_in_cell_N < counts_C[cells_N[order_N]]]
     bounds = np.concatenate([[0], np.cumsum(counts_C)])
-    start = picked(rows, group, chosen_K, metric).to(device)
+    start = gather_rows(rows, group, chosen_K, metric).to(device)
     rate = min(1.0, FINE_POINTS * num_centers / rows.num_rows)
     rules = Rules(
         metric, (Phase(rate, FINE_ITERATIONS),), 1e-3, RepairByCell(metric, bounds), seed, FINE_ITERATIONS // 2

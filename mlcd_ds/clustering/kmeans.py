@@ -112,7 +112,7 @@ def next_phase(history: Sequence[Iteration], rules: Rules) -> int | None:
     phase = history[-1].phase
     values = [distortion(i.objective, rules.metric) for i in history if i.phase == phase]
     is_over = len(values) >= rules.phases[phase].num_iterations
-    is_settled = history[-1].num_splits == 0  # centres that have just moved are not where they will be
+    is_settled = history[-1].num_splits == 0  # moved centres have not converged
     if is_settled and len(values) > 1 and values[-2] - values[-1] < rules.tolerance * abs(values[-2]):
         is_over = True
     return phase + is_over if phase + is_over < len(rules.phases) else None

@@ -102,18 +102,22 @@ class TrainLoader:
         index: ShardIndex,
         labels: LabelStore,
         order: SampleOrder,
-        part: StreamSlice,
+        batch_slice: StreamSlice,
         pixels: PixelFormat,
         augment: AugmentConfig,
         device: torch.device,
         num_threads: int,
         prefetch: int = 2,
     ) -> None:
-        self._index, self._labels, self._order, self._part = index, labels, order, part
+        self._index, self._labels, self._order, self._batch_slice = index, labels, order, batch_slice
         self._augment, self._device, self._prefetch = augment, device, prefetch
         self._reader = ShardReader(index)
         self._decoder = ImageDecoder(
-            part.micro_batch // part.num_shares, pixels, device, num_threads, changes_colors=augment.changes_colors
+            batch_slice.micro_batch // batch_slice.num_shares,
+            pixels,
+            device,
+            num_threads,
+            changes_colors=augment.changes_colors,
         )
         self.wait_s = 0.0
 
@@ -122,7 +126,7 @@ class TrainLoader:
 
         Files are read by one background thread, images decoded by DALI's threads, both ahead of the consumer.
         """
-        micro_batch = first_step * self._part.num_micro_batches
+        micro_batch = first_step * self._batch_slice.num_micro_batches
         read: deque[Future[tuple[EncodedBatch, np.ndarray, np.ndarray]]] = deque()
         decoding: deque[tuple[np.ndarray, np.ndarray]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="read-shards") as pool:
@@ -148,9 +152,9 @@ class TrainLoader:
                     future.cancel()
 
     def _read(self, micro_batch: int) -> tuple[EncodedBatch, np.ndarray, np.ndarray]:
-        """Bytes and draws, labels and keys of what this rank loads of a micro-batch."""
-        parts = [self._order.global_ids(*span) for span in self._part.spans(micro_batch)]
-        ids, epochs = (np.concatenate(column)[self._part.loaded] for column in zip(*parts, strict=True))
+        """Encoded images, augmentation parameters, labels and noise keys of this rank's share of a micro-batch."""
+        parts = [self._order.global_ids(*span) for span in self._batch_slice.spans(micro_batch)]
+        ids, epochs = (np.concatenate(column)[self._batch_slice.loaded] for column in zip(*parts, strict=True))
         shards, rows = self._order.locate(ids)
         samples = [self._index.samples(int(shard)) for shard in shards]
         images = [self._reader.read(int(s), t.image, int(r)) for s, t, r in zip(shards, samples, rows, strict=True)]

@@ -120,7 +120,7 @@ def _zero_section(config: dict[str, Any], path: Path) -> Any:
         checked = DeepSpeedZeroConfig(**section)
     except ValidationError as error:
         raise UserError(f"{path}: zero_optimization: {first_problem(error)}.") from None
-    if checked.round_robin_gradients:  # DeepSpeed 0.19 then tells other parameters' weights and moments
+    if checked.round_robin_gradients:  # DeepSpeed 0.19 then returns the wrong parameters' weights
         raise UserError(f"{path}: zero_optimization.round_robin_gradients would spoil checkpoints: leave it out.")
     if checked.offload_optimizer and checked.offload_optimizer.device != "none":
         raise UserError(f"{path}: zero_optimization.offload_optimizer needs DeepSpeed's own AdamW: leave it out.")

@@ -13,7 +13,7 @@ from mlcd_ds.heads.partial_fc import PartialFCHead
 from mlcd_ds.heads.row_optimizer import AdamWRule, RowOptimizer, RowRule, SGDRule
 from mlcd_ds.models.vit import ViT
 
-# Of two dimensions, and no matrices for all that.
+# 2-D embeddings: no decay.
 WITHOUT_DECAY = ("position_embedding", "class_pos_emb", "register_embedding")
 
 

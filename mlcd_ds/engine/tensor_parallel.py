@@ -36,7 +36,7 @@ def split_dim(name: str) -> int | None:
     return 1 if layer in SPLIT_BY_INPUT and kind == "weight" else None
 
 
-def whole(name: str, part: Tensor, group: Group | None) -> Tensor:
+def gather_full(name: str, part: Tensor, group: Group | None) -> Tensor:
     """A parameter (or a moment of it) from the parts of a tensor-parallel group. Collective: an all-gather."""
     dim = split_dim(name)
     if group is None or dim is None:
@@ -44,7 +44,7 @@ def whole(name: str, part: Tensor, group: Group | None) -> Tensor:
     return torch.cat(list(group.all_gather(part[None].contiguous())), dim=dim)
 
 
-def own_part(name: str, tensor: Tensor, group: Group | None) -> Tensor:
+def local_shard(name: str, tensor: Tensor, group: Group | None) -> Tensor:
     """This rank's part of a whole parameter: what `whole` puts together."""
     dim = split_dim(name)
     if group is None or dim is None:

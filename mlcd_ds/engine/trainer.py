@@ -43,7 +43,7 @@ from mlcd_ds.models.noise import TrainingNoise
 from mlcd_ds.models.vit import ViT, flops_per_image
 from mlcd_ds.objectives.class_losses import ClassLoss
 
-logger = logging.getLogger("mlcd_ds")  # rank 0's alone speaks (stage.py)
+logger = logging.getLogger("mlcd_ds")  # only rank 0 logs (stages/runner.py)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.index, self.labels, self.group, self.device = recipe, index, labels, group, device
         self.layout = layout
-        self.plan = plan_batches(recipe, layout, group.rank)
+        self.batch_slice = plan_batches(recipe, layout, group.rank)
         if (wanted := recipe.objective.num_labels or 1) > labels.num_labels:
             raise UserError(
                 f"objective.num_labels is {wanted}, but {labels.folder} holds {labels.num_labels} labels an image: "
@@ -129,14 +129,14 @@ class Trainer:
             if begin >= phase.end:
                 continue
             loader = TrainLoader(
-                self.index, self.labels, order, self.plan, pixels, data.augment, self.device, data.num_threads
+                self.index, self.labels, order, self.batch_slice, pixels, data.augment, self.device, data.num_threads
             )
             batches = loader.batches(begin)
             try:
-                for _ in range((phase.end - begin) * self.plan.num_micro_batches):
+                for _ in range((phase.end - begin) * self.batch_slice.num_micro_batches):
                     batch = next(batches)
                     self.wait_s, loader.wait_s = self.wait_s + loader.wait_s, 0.0
-                    if self.plan.num_shares > 1:
+                    if self.batch_slice.num_shares > 1:
                         waiting = time.perf_counter()
                         batch = batch.of_all(self.head.groups.tensor)
                         self.wait_s += time.perf_counter() - waiting
@@ -152,7 +152,7 @@ class Trainer:
         set_learning_rate(self.engine.optimizer, lr)
         token_drop = phase_at(self.recipe, step).token_drop
         self.head.resample(step)
-        num_micro_batches = self.plan.num_micro_batches
+        num_micro_batches = self.batch_slice.num_micro_batches
         outputs = []
         for _ in range(num_micro_batches):
             batch = next(batches)

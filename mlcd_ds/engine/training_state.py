@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.engine_state import EngineState
-from mlcd_ds.engine.tensor_parallel import own_part, whole
+from mlcd_ds.engine.tensor_parallel import gather_full, local_shard
 from mlcd_ds.engine.weights import BACKBONE_NAME, CheckpointManifest
 from mlcd_ds.errors import UserError
 
@@ -32,12 +32,12 @@ def save_training_state(folder: Path, state: EngineState, group: Group, tensor_g
     dealt = [0] * group.size  # elements of moments for each rank to write
     is_begun = state.num_updates > 0
     for name in state.names:
-        tensor = whole(name, state.get(name), tensor_group)
+        tensor = gather_full(name, state.get(name), tensor_group)
         if group.is_main:
             weights[name] = tensor.to("cpu", copy=True).contiguous()
         writer = dealt.index(min(dealt))
         for moment in state.moments(name) if is_begun else ():
-            tensor = whole(name, state.get(name, moment), tensor_group)
+            tensor = gather_full(name, state.get(name, moment), tensor_group)
             dealt[writer] += tensor.numel()
             if writer == group.rank:
                 moments[f"{moment}/{name}"] = tensor.to("cpu", copy=True).contiguous()
@@ -57,12 +57,12 @@ def load_training_state(
     num_updates = manifest.num_updates or 0
     state.begin(num_updates, manifest.loss_scale)
     names = [BACKBONE_NAME, *(name for name in manifest.files if MOMENTS_NAME.fullmatch(name))]
-    with opened([folder / name for name in names]) as places:
+    with open_tensors([folder / name for name in names]) as places:
 
         def own(name: str, key: str) -> Tensor:
             if key not in places:
                 raise UserError(f"{folder} holds no {key}. {_fix(folder)}")
-            return own_part(name, places[key].get_tensor(key), tensor_group)
+            return local_shard(name, places[key].get_tensor(key), tensor_group)
 
         for name in state.names:
             state.set(name, own(name, name))
@@ -72,7 +72,7 @@ def load_training_state(
 
 
 @contextmanager
-def opened(paths: list[Path]) -> Iterator[dict[str, Any]]:
+def open_tensors(paths: list[Path]) -> Iterator[dict[str, Any]]:
     """For each tensor in safetensors files the open file that holds it."""
     with ExitStack() as stack:
         places = {}

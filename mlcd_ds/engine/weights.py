@@ -27,7 +27,7 @@ POSITIONS = "embeddings.position_embedding.weight"
 
 
 class CheckpointManifest(Frozen):
-    """Written last into a checkpoint's folder: its being there makes the checkpoint whole."""
+    """Written last into a checkpoint's folder: its presence marks the checkpoint complete."""
 
     step: int
     num_ranks: int

@@ -30,7 +30,7 @@ def through_unit(grad_nF: Tensor, unit_nF: Tensor, lengths_n1: Tensor) -> Tensor
     return grad_nF.sub((grad_nF * unit_nF).sum(dim=1, keepdim=True) * unit_nF).div_(lengths_n1)
 
 
-def spread(part_nF: Tensor, features_F: Tensor | None, dim: int) -> Tensor:
+def scatter_features(part_nF: Tensor, features_F: Tensor | None, dim: int) -> Tensor:
     """Columns `features_F` of [n, E], the others zero; the argument where all are in use."""
     if features_F is None:
         return part_nF
@@ -55,7 +55,7 @@ class Centers:
     def add_gradient(self, rows_n: Tensor, grad_nF: Tensor, unit_nF: Tensor, lengths_n1: Tensor) -> None:
         """Add the gradient of rows at unit length to that of the rows."""
         across_nF = through_unit(grad_nF, unit_nF, lengths_n1)
-        self.grad_LE.index_add_(0, rows_n, spread(across_nF, self.features_F, self.weight_LE.shape[1]))
+        self.grad_LE.index_add_(0, rows_n, scatter_features(across_nF, self.features_F, self.weight_LE.shape[1]))
 
 
 def sample_features(dim: int, rate: float, seed: int, step: int, device: torch.device) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mlcd_ds.artefacts.typed import Frozen
 from mlcd_ds.heads.center_init import normal_centers, projected_centers
-from mlcd_ds.heads.centers import Centers, sample_features, spread, through_unit, to_unit
+from mlcd_ds.heads.centers import Centers, sample_features, scatter_features, through_unit, to_unit
 from mlcd_ds.heads.choose_exp_block import choose_exp_block
 from mlcd_ds.heads.class_sampling import sample_around, sample_classes
 from mlcd_ds.heads.class_shards import class_range
@@ -96,7 +96,7 @@ class PartialFCHead(nn.Module):
         super().__init__()
         self.config, self.objective, self.groups, self.seed = config, objective, groups, seed
         self.classes = class_range(num_classes, groups.classes.size, groups.classes.rank)
-        self.host_may_wait = torch.device(device).type == "cpu"
+        self.allow_host_sync = torch.device(device).type == "cpu"
         self.matmul = Matmul(config.precision == "bf16", torch.device(device).type)
         self.exp_block = choose_exp_block(config.kernel, self.matmul)
         shape = len(self.classes), dim
@@ -144,7 +144,7 @@ class PartialFCHead(nn.Module):
             emb_GF = self.groups.data.all_gather(self.matmul.cast(emb_BF))
             labels_GP = without_repeats(self.groups.data.all_gather(labels_BP))
             centers = Centers(self.weight_LE.detach(), self.grad_LE, self._features_F)
-            positives = Positives.find(labels_GP, self.classes, is_compact=self.host_may_wait)
+            positives = Positives.find(labels_GP, self.classes, is_compact=self.allow_host_sync)
             negatives = self._negatives(centers, positives, len(emb_GF))
             sums_G, slopes_GF = negatives.sums(emb_GF)
             shared = torch.cat([sums_G[None], positives.cosines(emb_GF, centers).T])
@@ -198,7 +198,7 @@ class PartialFCHead(nn.Module):
         """The gradient of the whole embedding, from that of `_used_dimensions`."""
         if lengths_B1 is None:
             return grad_BF
-        return spread(through_unit(grad_BF, emb_BF, lengths_B1), self._features_F, dim)
+        return scatter_features(through_unit(grad_BF, emb_BF, lengths_B1), self._features_F, dim)
 
     @contextmanager
     def _off_the_critical_path(self, *inputs: Any) -> Iterator[None]:

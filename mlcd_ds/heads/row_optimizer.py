@@ -1,8 +1,8 @@
 """AdamW and SGD with momentum over the rows of a head that a step has touched.
 
 A dense optimizer moves every row at every step: rows that had no gradient follow their old momentum and decay. With a
-tenth of the classes in a step nine tenths of what moves is not what the step has learned (and, where the host may list
-the touched rows, nine tenths of the work).
+tenth of the classes in a step, nine of ten rows that move had no gradient (and, where the host may list the touched
+rows, cause nine tenths of the work).
 Lazy: a row that was not touched stays as it is, with its moments; each row counts its own steps, and bias correction
 and decay go by that count. Dense: all rows count as touched, which is torch's AdamW and SGD.
 
@@ -120,7 +120,7 @@ class RowOptimizer:
     def _blocks(self, touched_L: Tensor) -> Iterator[Tensor | slice]:
         """The touched rows. On a GPU all rows: to list the touched ones the host would have to wait."""
         size = BLOCK_ROWS[touched_L.device.type]
-        if self.is_lazy and self.head.host_may_wait:
+        if self.is_lazy and self.head.allow_host_sync:
             yield from touched_L.nonzero().flatten().split(size)
         else:
             yield from (slice(first, first + size) for first in range(0, len(touched_L), size))

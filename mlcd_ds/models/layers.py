@@ -96,7 +96,7 @@ class PositionEmbedding(nn.Module):
 class Embeddings(nn.Module):
     """Images to tokens: a class token in front, registers, patches; learned positions (none with rotary ones).
 
-    Registers (arXiv 2309.16588) are learned tokens without a place: the model can keep there what is of no patch.
+    Registers (arXiv 2309.16588) are learned tokens without a place: they hold what belongs to no patch.
     """
 
     def __init__(

@@ -68,7 +68,7 @@ class Options(runner.StageOptions):
 
 
 def parameters_of(options: Options) -> dict:
-    """What the centres depend on. How they are computed (assigner, precision) is none of it."""
+    """What the centres depend on: all options but those that say how they are computed (assigner, precision)."""
     names = {"embeddings", "out", "dry_run", "overwrite", "assigner", "precision"}
     return options.model_dump(mode="json", exclude=names)
 

@@ -30,7 +30,7 @@ from mlcd_ds.errors import UserError
 
 logger = logging.getLogger("mlcd_ds")
 EXIT_BAD_INPUT = 2
-# Ranks that have done their shards wait for the slowest; that a rank is dead, its launcher notices.
+# Ranks that have done their shards wait for the slowest; the launcher, not this timeout, detects dead ranks.
 STAGE_TIMEOUT_S = 7 * 86_400.0
 
 

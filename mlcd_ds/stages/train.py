@@ -92,7 +92,7 @@ def read_layout(config: dict, path: Path, num_ranks: int) -> Layout:
     return Layout(num_ranks, tensor_parallel_size(config, path), check_zero_section(config, path))
 
 
-def resolve_ds_config(config: dict, path: Path, recipe: Recipe, layout: Layout, plan: StreamSlice) -> dict:
+def resolve_ds_config(config: dict, path: Path, recipe: Recipe, layout: Layout, batch_slice: StreamSlice) -> dict:
     """The DeepSpeed config with everything that the recipe says filled in."""
     precision = recipe.train.precision
     source = f"train.precision={precision} in the recipe"
@@ -104,8 +104,8 @@ def resolve_ds_config(config: dict, path: Path, recipe: Recipe, layout: Layout, 
         source = "ZeRO stage 0, where bf16 is torch's autocast over fp32 weights,"
     values = {
         "train_batch_size": (recipe.train.global_batch, "train.global_batch in the recipe"),
-        "train_micro_batch_size_per_gpu": (plan.micro_batch, "train.micro_batch_per_rank in the recipe"),
-        "gradient_accumulation_steps": (plan.num_micro_batches, "train.global_batch over ranks and micro-batch"),
+        "train_micro_batch_size_per_gpu": (batch_slice.micro_batch, "train.micro_batch_per_rank in the recipe"),
+        "gradient_accumulation_steps": (batch_slice.num_micro_batches, "train.global_batch over ranks and micro-batch"),
         # Muon's orthogonalised update would be clipped in place of its gradient.
         "gradient_clipping": (
             0.0 if recipe.optimizer.name == "muon" else recipe.optimizer.clip_norm,
@@ -138,7 +138,9 @@ def open_data(recipe: Recipe, group: Group) -> tuple[ShardIndex, LabelStore]:
     return index, labels
 
 
-def describe(recipe: Recipe, ds_config: dict, layout: Layout, plan: StreamSlice, context: runner.Context) -> None:
+def describe(
+    recipe: Recipe, ds_config: dict, layout: Layout, batch_slice: StreamSlice, context: runner.Context
+) -> None:
     """Say what would run: the resolved files, sizes and shares."""
     with torch.device("meta"):
         model = ViT(recipe.model)
@@ -147,8 +149,8 @@ def describe(recipe: Recipe, ds_config: dict, layout: Layout, plan: StreamSlice,
         f"# DeepSpeed: {ds_config}",
         f"# backbone: {num_parameters(model) / 1e6:.1f} M parameters, {flops_per_image(recipe.model) / 1e9:.1f} GFLOP "
         "an image forward",
-        f"# batch: {recipe.train.global_batch} = {layout.data_parallel} data-parallel x {plan.num_micro_batches} x "
-        f"{plan.micro_batch}, on {layout.num_ranks} ranks",
+        f"# batch: {recipe.train.global_batch} = {layout.data_parallel} data-parallel x "
+        f"{batch_slice.num_micro_batches} x {batch_slice.micro_batch}, on {layout.num_ranks} ranks",
         f"# samples seen: {recipe.train.steps * recipe.train.global_batch / 1e6:.1f} M",
     ]
     if recipe.data.index is None or recipe.data.labels is None:
@@ -186,10 +188,10 @@ def run(args: argparse.Namespace, context: runner.Context) -> int:
     given_config = read_ds_config(args.deepspeed_config)
     recipe = with_precision(recipe, stated_precision(given_config, args.deepspeed_config))
     layout = read_layout(given_config, args.deepspeed_config, context.group.size)
-    plan = plan_batches(recipe, layout, context.group.rank)
-    ds_config = resolve_ds_config(given_config, args.deepspeed_config, recipe, layout, plan)
+    batch_slice = plan_batches(recipe, layout, context.group.rank)
+    ds_config = resolve_ds_config(given_config, args.deepspeed_config, recipe, layout, batch_slice)
     if args.dry_run:
-        describe(recipe, ds_config, layout, plan, context)
+        describe(recipe, ds_config, layout, batch_slice, context)
         return 0
     with StopRequest() as stop:
         return train(recipe, ds_config, layout, context, stop)

@@ -24,7 +24,7 @@ from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.ds_config import read_ds_config
 from mlcd_ds.distributed.engine_state import EngineState
 from mlcd_ds.engine.layout import Layout, check_layout, plan_batches
-from mlcd_ds.engine.tensor_parallel import whole
+from mlcd_ds.engine.tensor_parallel import gather_full
 from mlcd_ds.engine.trainer import Trainer
 from mlcd_ds.errors import UserError
 from mlcd_ds.stages.train import read_layout, resolve_ds_config
@@ -67,7 +67,7 @@ def train(
         curve.append([float(result.loss), float(result.backbone_grad_norm), float(result.head_grad_norm)])
     batches.close()
     state, tensor_group = EngineState(trainer.engine), trainer.head.groups.tensor
-    weights = {name: whole(name, state.get(name), tensor_group).clone() for name in state.names}
+    weights = {name: gather_full(name, state.get(name), tensor_group).clone() for name in state.names}
     trainer.engine.destroy()
     return torch.tensor(curve, dtype=torch.float64), weights
 

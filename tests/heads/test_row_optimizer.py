@@ -38,7 +38,7 @@ def move_rows(group: Group, max_norm: float) -> dict[tuple[str, bool, bool], dic
             head = PartialFCHead(NUM_CLASSES, DIM, HeadConfig(init_std=1.0), loss, make_head_groups(group), 3)
             head.init_weights()
             initial = head.weight_LE.detach().clone()
-            head.host_may_wait = may_wait
+            head.allow_host_sync = may_wait
             optimizer = RowOptimizer(head, rule, max_norm, is_lazy=is_lazy)
             mine, norms = slice(head.classes.begin, head.classes.end), []
             for grad_CE, touched_C in zip(grads, touched, strict=True):

@@ -136,7 +136,7 @@ def run_cases(group: Group, cases: dict[str, Case]) -> dict[str, dict[str, Tenso
             "touched_L": head.touched_L.clone(),
         }
         head.grad_LE.zero_(), head.touched_L.zero_()
-        head.host_may_wait = False  # the form of a GPU: static shapes
+        head.allow_host_sync = False  # the form of a GPU: static shapes
         output = head(emb_GE[mine], labels_GP[mine])
         results[name]["static"] = (output.loss, output.emb_grad_BE, head.grad_LE.clone(), head.touched_L.clone())
         results[name]["static, known bad"] = head(emb_GE[mine], labels_GP[mine].roll(1, 0)).loss
