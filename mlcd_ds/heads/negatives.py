@@ -34,7 +34,7 @@ BLOCKS = {"cpu": BlockShape(2048, 512), "cuda": BlockShape(16384, 2048)}
 class ExpBlock(Protocol):
     """e^{z - shift} of a block [g, s] in the type that `Matmul` takes, with z = emb . scaled, and 0 at own labels.
 
-    `scaled_sE`: centres of length s. `slots_gP`: own labels as columns of this block; out-of-range slots belong to other blocks.
+    `scaled_sE`: centres of length s. `slots_gP`: own labels as columns of this block (out of range: of other blocks).
     `factors_g`, where given, is multiplied in. Also the sums over s [g] before rounding, where no factors are given.
     """
 
