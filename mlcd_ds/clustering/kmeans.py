@@ -168,7 +168,7 @@ def lloyd_step(
         scores_B1, nearest_B1 = assigner.search(rows_BE, 1)
         nearest_B = nearest_B1[:, 0].to(device)
         scores_B = scores_B1[:, 0].to(device).double()
-        squares_B = rows_BE.square().sum(dim=1).double()
+        squares_B = torch.linalg.vector_norm(rows_BE, dim=1).square().double()
         totals_3[0] += scores_B.sum()
         totals_3[1] += squares_B.sum()
         totals_3[2] += len(rows_BE)

@@ -161,6 +161,9 @@ def test_what_the_key_depends_on(tmp_path: Path) -> None:
     few = options_of(tmp_path, "out", num_iterations=3)
     assert state_key(few, {}, 1) != state_key(base, {}, 1), "no centre moved so shortly before the end"
     assert "assigner" not in parameters_of(base)
+    named = options_of(tmp_path, "out", num_iterations=20, init="kmeans++")
+    assert parameters_of(base) == parameters_of(named), "what auto chose is recorded"
+    assert parameters_of(base) != parameters_of(options_of(tmp_path, "out", num_iterations=20, init="random"))
 
 
 def test_a_manifest_of_before_is_read(folder: Path) -> None:
