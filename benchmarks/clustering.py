@@ -7,8 +7,8 @@ fp32 over all rows, the same way for both, after the clock is stopped.
 
   mixture    500,000 x 128, skewed components and 10 % copies, k = 5,000: time until faiss.Kmeans's final objective
              (25 iterations, its defaults, no sub-sampling) is reached; both final objectives
-  pictures   the embeddings of demo/shards, k = 64 and 256, three seeds: final objectives and times of ours as `mlcd cluster`
-             runs, over those of scikit-learn's and faiss's defaults and faiss's best options; the worse of the two k
+  pictures   the embeddings of demo/shards, k = 64 and 256, three seeds: final objectives and times of `mlcd cluster`,
+             over those of scikit-learn's and faiss's defaults and faiss's best options; the worse of the two k
   assign     20,000 rows x 16,384 centres, d = 768: top-1 and top-8 against faiss.knn
   precision  the objective after clustering with bf16 products, over that with fp32, other things equal
   memory     peak of a rank above what it held before, beside the formula of mlcd_ds/clustering/kmeans_memory.py

@@ -115,14 +115,15 @@ def cluster(options: Options, context: runner.Context, stop: StopRequest) -> int
     duplicates = None if options.dry_run else leave_out_duplicates(options, store, group)
     rules = make_rules(options, store.num_rows)
     if options.dry_run:
-        sizes = (store.num_rows, options.num_centers, store.dim, group.size)
-        runner.logger.info("%s", memory_table(*sizes, rules.phases, device.type, is_bf16))
+        shape = (store.num_rows, options.num_centers, store.dim)
+        runner.logger.info("%s", memory_table(*shape, group.size, rules.phases, device.type, is_bf16))
         return 0
     state_path, key = options.out / STATE_NAME, state_key(options, wanted.inputs, len(rules.phases))
     start = None if options.overwrite else load_state(state_path, key)
     if start is None or start.num_iterations > options.num_iterations:
-        sizes = (options.num_centers, options.metric, options.seed)
-        first_CE = first_centers(options.init, store, group, *sizes, make_assigner, device)
+        first_CE = first_centers(
+            options.init, store, group, options.num_centers, options.metric, options.seed, make_assigner, device
+        )
         start = Clustering(first_CE, np.zeros(options.num_centers, dtype=np.int64))
     bar = tqdm(
         total=options.num_iterations,

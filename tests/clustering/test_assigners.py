@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import replace
 from itertools import pairwise
 
@@ -192,6 +193,18 @@ def test_faiss_takes_the_threads_that_torch_has() -> None:
             assert faiss.omp_get_max_threads() == number
     finally:
         torch.set_num_threads(before)
+
+
+def test_faiss_is_told_of_a_processor_that_its_blas_overlooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, wanted = "OPENBLAS_CORETYPE", []
+    for capability, given in (("AVX512", ""), ("AVX512", "Haswell"), ("AVX2", "")):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        monkeypatch.setenv(name, given)
+        if not given:
+            monkeypatch.delenv(name)
+        FaissAssigner()
+        wanted.append(os.environ.get(name))
+    assert wanted == ["SkylakeX", "Haswell", None], "what the user says, stays"
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
