@@ -1,7 +1,8 @@
 """Evaluate a frozen encoder on labelled shards: weighted kNN and a linear probe.
 
-Features are taken before the projection and computed once a shard. The linear probe is CLIP's: L-BFGS logistic
-regression, its L2 swept on a validation part of the training set, then fitted on all of it. kNN is weighted by
+Features are taken before the projection and computed once a shard. The linear probe is CLIP's logistic regression,
+its L2 swept on a validation part of the training set, then fitted on all of it: the mean of --num-splits such choices.
+Its +- is one standard error, from the test images (bootstrap) and from the choice of the split. kNN is weighted by
 exp(cosine / 0.07). Labels are read from the samples' .json members. Writes report.json and confusion.png.
 
   mlcd evaluate --model runs/demo/export --train-index runs/demo/index/train --test-index runs/demo/index/test \\
@@ -46,7 +47,8 @@ class Options(runner.StageOptions):
     test_index: Path = Field(description="folder of `mlcd index` with the held-out images")
     classes: Path | None = Field(None, description="JSON list of class names, for the plot")
     label_key: str = Field("label", description="key of the whole number in the samples' .json; null is no label")
-    seed: int = Field(0, ge=0, description="of the validation split")
+    seed: int = Field(0, ge=0, description="of the validation splits")
+    num_splits: int = Field(5, ge=2, description="validation splits; the linear probe is their mean")
     batch_size: int = Field(64, ge=1, description="images a forward pass, per rank")
     num_threads: int = Field(2, ge=1, description="decoding threads of a rank")
 
@@ -120,6 +122,7 @@ def run(options: Options, context: runner.Context) -> None:
             "pixels": asdict(encoder.pixels),
             "label_key": options.label_key,
             "seed": options.seed,
+            "num_splits": options.num_splits,
         },
         inputs={"train_index": train.manifest.fingerprint, "test_index": test.manifest.fingerprint},
         files={},
@@ -146,8 +149,10 @@ def run(options: Options, context: runner.Context) -> None:
         ks = usable_ks(len(train_ND))
         knn = weighted_knn(train_ND, train_labels_N, test_MD, test_labels_M, num_classes, ks)
         generator = torch.Generator().manual_seed(options.seed)
-        probe = linear_probe(train_ND, train_labels_N, test_MD, test_labels_M, num_classes, generator)
-        write_results(options, encoder, knn, probe, wanted, class_names(options, num_classes))
+        probe = linear_probe(
+            train_ND, train_labels_N, test_MD, test_labels_M, num_classes, generator, options.num_splits
+        )
+        write_results(options, encoder, knn, probe, len(train_ND), wanted, class_names(options, num_classes))
     context.group.barrier()
 
 
@@ -156,6 +161,7 @@ def write_results(
     encoder: Encoder,
     knn: dict[int, float],
     probe: ProbeResult,
+    num_train: int,
     wanted: EvaluationManifest,
     names: list[str],
 ) -> None:
@@ -169,23 +175,33 @@ def write_results(
         "knn_by_k": knn,
         "linear_probe": probe.accuracy,
         "linear_probe_se": probe.accuracy_se,
+        "linear_probe_test_se": probe.test_se,
+        "linear_probe_split_sd": probe.split_sd,
         "linear_probe_mean_per_class": probe.mean_per_class,
-        "l2": probe.l2,
-        "num_train": probe.num_fit + probe.num_val,
-        "num_test": len(probe.predictions_M),
+        "linear_probe_by_split": [{"l2": split.l2, "accuracy": split.accuracy} for split in probe.splits],
+        "converged": probe.num_unconverged == 0,
+        "num_train": num_train,
+        "num_test": probe.predictions_SM.shape[1],
     }
+    if probe.num_unconverged:
+        runner.logger.warning(
+            "evaluate: %d of %d fits of the linear probe did not converge: its accuracy is of unfinished fits.",
+            probe.num_unconverged,
+            probe.num_fits,
+        )
     files = {"report.json": write_json(options.out / "report.json", report)}
     confusion_plot(probe, names[: len(probe.per_class_accuracy)], options.out / "confusion.png")
     files["confusion.png"] = record_of(options.out / "confusion.png")
     scores = {"knn": {str(k): accuracy for k, accuracy in knn.items()}, "linear_probe": probe.accuracy}
     write_manifest(options.out, wanted.model_copy(update={"files": files, **scores}))
     runner.logger.info(
-        "evaluate: %s: kNN %.1f%%, linear probe %.1f%% +- %.1f (%d test images)",
+        "evaluate: %s: kNN %.1f%%, linear probe %.1f%% +- %.1f (%d test images, %d validation splits)",
         encoder.name,
         100 * headline,
         100 * probe.accuracy,
         100 * probe.accuracy_se,
         report["num_test"],
+        len(probe.splits),
     )
 
 
