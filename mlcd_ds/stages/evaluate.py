@@ -23,6 +23,7 @@ from pydantic import Field
 
 from mlcd_ds.artefacts.files import record_of, write_atomic, write_json
 from mlcd_ds.artefacts.manifest import Manifest, library_versions, write_manifest
+from mlcd_ds.artefacts.typed import MAX_BATCH, MAX_THREADS
 from mlcd_ds.data.dali import ImageDecoder
 from mlcd_ds.data.loader import shard_images
 from mlcd_ds.data.sample_labels import shard_labels
@@ -46,9 +47,9 @@ class Options(runner.StageOptions):
     test_index: Path = Field(description="folder of `mlcd index` with the held-out images")
     classes: Path | None = Field(None, description="JSON list of class names, for the plot")
     label_key: str = Field("label", description="key of the whole number in the samples' .json; null is no label")
-    seed: int = Field(0, ge=0, description="of the validation split")
-    batch_size: int = Field(64, ge=1, description="images a forward pass, per rank")
-    num_threads: int = Field(2, ge=1, description="decoding threads of a rank")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the validation split")
+    batch_size: int = Field(64, ge=1, le=MAX_BATCH, description="images a forward pass, per rank")
+    num_threads: int = Field(2, ge=1, le=MAX_THREADS, description="decoding threads of a rank")
 
 
 class EvaluationManifest(Manifest):
