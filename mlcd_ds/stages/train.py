@@ -25,6 +25,7 @@ from mlcd_ds.data.loader import StreamSlice
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.ds_config import (
+    check_filled_config,
     check_zero_section,
     fill_ds_config,
     read_ds_config,
@@ -37,6 +38,7 @@ from mlcd_ds.engine.tensor_parallel import autotp_section
 from mlcd_ds.engine.trainer import Trainer
 from mlcd_ds.engine.weights import CHECKPOINT_NAME, CONFIG_NAME, checkpoint_folders, read_run_recipe
 from mlcd_ds.errors import UserError
+from mlcd_ds.heads.choose_exp_block import check_kernel
 from mlcd_ds.heads.class_sampling import num_sampled
 from mlcd_ds.heads.class_shards import class_range
 from mlcd_ds.heads.groups import num_class_shards
@@ -67,11 +69,9 @@ class TrainManifest(Manifest):
     step: int
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> runner.Parser:
     """The command line of `mlcd train`."""
-    parser = argparse.ArgumentParser(
-        prog="mlcd train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runner.Parser(prog="mlcd train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys, such as train.steps=1000")
     parser.add_argument(
         "--recipe", default="demo", help=f"name or YAML file (default: demo; there are {', '.join(recipe_names())})"
@@ -187,9 +187,11 @@ def run(args: argparse.Namespace, context: runner.Context) -> int:
     recipe = load_recipe(args.recipe, (*args.overrides, *given))
     given_config = read_ds_config(args.deepspeed_config)
     recipe = with_precision(recipe, stated_precision(given_config, args.deepspeed_config))
+    check_kernel(recipe.head.kernel, context.device.type)
     layout = read_layout(given_config, args.deepspeed_config, context.group.size)
     batch_slice = plan_batches(recipe, layout, context.group.rank)
     ds_config = resolve_ds_config(given_config, args.deepspeed_config, recipe, layout, batch_slice)
+    check_filled_config(ds_config, args.deepspeed_config)
     if args.dry_run:
         describe(recipe, ds_config, layout, batch_slice, context)
         return 0
