@@ -118,21 +118,23 @@ def test_a_full_disk_is_told_in_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("stage", "damage"),
     [
-        lambda note: note.update(summary={}),
-        lambda note: note["summary"].update(dim=47),
-        lambda note: note["files"].clear(),
-        lambda note: note["files"].update({"1.npy": note["files"]["1.npy"] | {"sha256": "0" * 64}}),
-        lambda note: note.pop("seal"),
+        ("index", lambda note: note.update(summary={})),
+        ("index", lambda note: note["summary"].update(num_images=5)),
+        ("embed", lambda note: note["summary"].update(dim=47)),
+        ("embed", lambda note: note["files"].clear()),
+        ("embed", lambda note: note["files"]["0.npy"].update(sha256="0" * 64)),
+        ("embed", lambda note: note.pop("seal")),
     ],
 )
-def test_work_whose_note_was_changed_is_done_again(folder: Path, damage: Any) -> None:
-    wanted = json.loads((folder / "embed" / MANIFEST_NAME).read_text())
-    (folder / "embed" / MANIFEST_NAME).unlink()
-    edit(folder / "embed" / ".done" / "1.json", damage)
-    assert run("embed", folder).status == 0
-    assert json.loads((folder / "embed" / MANIFEST_NAME).read_text()) == wanted
+def test_work_whose_note_was_changed_is_done_again(folder: Path, finished: Path, stage: str, damage: Any) -> None:
+    made_from = {"shards": finished / "shards" / "*.tar"} if stage == "index" else {}
+    wanted = json.loads((folder / stage / MANIFEST_NAME).read_text())
+    (folder / stage / MANIFEST_NAME).unlink()
+    edit(folder / stage / ".done" / "0.json", damage)
+    assert run(stage, folder, **made_from).status == 0
+    assert json.loads((folder / stage / MANIFEST_NAME).read_text()) == wanted
 
 
 def test_a_note_that_is_no_file_is_one_message(folder: Path) -> None:
