@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from mlcd_ds.artefacts.files import FileRecord, write_json
 from mlcd_ds.artefacts.readers import Shape, check_record, decoding, read_array, read_json_object
@@ -50,6 +50,12 @@ class Manifest(Frozen):
     def problem(self) -> str | None:
         """What in it does not agree with itself; `read_manifest` refuses it then."""
         return None
+
+
+class AnyManifest(Manifest):
+    """What all stages' manifests have in common."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 ManifestType = TypeVar("ManifestType", bound=Manifest)
@@ -135,6 +141,16 @@ def output_path(folder: Path, manifest: Manifest, name: str) -> Path:
     """Path of an output file after its size and checksum were compared with the manifest."""
     check_record(folder / name, output_record(folder, manifest, name), remake(manifest.stage, folder))
     return folder / name
+
+
+def check_outputs(folder: Path) -> None:
+    """Compare all files of a finished stage's folder with its manifest; a folder without one is not a stage's."""
+    path = folder / MANIFEST_NAME
+    if path.exists():
+        stage = str(read_json_object(path, "Make it again.").get("stage"))
+        manifest = read_manifest(folder, AnyManifest, stage)
+        for name in manifest.files:
+            output_path(folder, manifest, name)
 
 
 def output_array(

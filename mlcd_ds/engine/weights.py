@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from mlcd_ds.artefacts.files import FileRecord, seal_of, write_json
+from mlcd_ds.artefacts.manifest import check_outputs
 from mlcd_ds.artefacts.readers import check_size, decoding, read_json_object, read_tensors, read_yaml
 from mlcd_ds.artefacts.typed import Frozen, first_problem
 from mlcd_ds.config import Recipe, parse_recipe
@@ -119,6 +120,7 @@ def load_released(folder: Path, model: ViT) -> list[str]:
     the folder and what does not fit.
     """
     notes, fix = [], "train.init_from takes a Hugging Face folder, such as `mlcd export` writes."
+    check_outputs(folder)
     released = read_json_object(folder / "config.json", fix)
     tensors = read_tensors(folder / "model.safetensors", fix)
     with decoding(f"train.init_from {folder}", fix):

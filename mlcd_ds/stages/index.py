@@ -20,6 +20,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -101,15 +102,22 @@ class Sample:
         self.is_sparse = False
 
 
+@contextmanager
+def damaged_headers() -> Iterator[None]:
+    """Whatever tarfile raises for damaged extended headers, many kinds, as its own error."""
+    try:
+        yield
+    except (tarfile.TarError, OSError):
+        raise
+    except Exception as error:
+        raise tarfile.ReadError(f"damaged header: {brief(error)}") from None
+
+
 def sound_members(archive: tarfile.TarFile, num_bytes: int) -> Iterator[tarfile.TarInfo]:
     """Members of a tar of `num_bytes`. tarfile.ReadError for headers that no such tar can have."""
     while True:
-        try:
+        with damaged_headers():
             info = archive.next()
-        except (tarfile.TarError, OSError):
-            raise
-        except Exception as error:  # tarfile raises many kinds for damaged extended headers
-            raise tarfile.ReadError(f"damaged header at byte {archive.offset}: {brief(error)}") from None
         if info is None:
             return
         # A sparse file takes less room than it has bytes.
@@ -122,7 +130,9 @@ def read_samples(path: Path) -> Iterator[Sample]:
     """Samples of a tar, as runs of members with the same key. Only regular files with an extension count; nothing is
     written to disk. A tar without its end-of-archive mark was cut short: tarfile.ReadError."""
     sample: Sample | None = None
-    with tarfile.open(path, "r:") as archive:
+    with damaged_headers():
+        opened = tarfile.open(path, "r:")  # reads the first header
+    with opened as archive:
         for info in sound_members(archive, path.stat().st_size):
             key, extension = split_name(info.name)
             if not info.isreg() or not extension:
@@ -143,10 +153,10 @@ def read_samples(path: Path) -> Iterator[Sample]:
 def add_member(sample: Sample, archive: tarfile.TarFile, info: tarfile.TarInfo, extension: str) -> None:
     """Add a member to its sample; what stages read later is read here, too."""
     kind = member_kind(extension)
-    is_first = kind is not None and all(member_kind(member.extension) != kind for member in sample.members)
+    is_first = all(member_kind(member.extension) != kind for member in sample.members)
     sample.members.append(Member(extension, info.offset_data, info.size, info.name))
     sample.is_sparse |= info.issparse()
-    if is_first and not sample.is_sparse:
+    if kind is not None and is_first and not sample.is_sparse:
         content = archive.extractfile(info).read()  # type: ignore[union-attr]
         sample.crcs[kind] = zlib.crc32(content)
         if kind == 0:

@@ -23,6 +23,7 @@ from mlcd_ds.engine.weights import (
     CONFIG_NAME,
     CheckpointManifest,
     load_backbone,
+    load_released,
     missing_file,
     read_checkpoint,
     read_run_recipe,
@@ -78,6 +79,18 @@ def test_a_changed_backbone_is_neither_exported_nor_evaluated(checkpoint: Path, 
     done = run_stage("export", "--run", run, "--out", tmp_path / "out")
     assert done.status == 2 and str(caught.value) in done.err and "Traceback" not in done.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "projection.safetensors"])
+def test_a_changed_export_is_neither_evaluated_nor_started_from(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    export, model = tmp_path / "export", load_backbone(checkpoint)
+    assert run_stage("export", "--run", checkpoint.parents[1], "--out", export).status == 0
+    load_encoder(str(export))
+    load_released(export, model)
+    flip(export / name, -20)
+    for read in (lambda: load_encoder(str(export)), lambda: load_released(export, model)):
+        with pytest.raises(UserError, match=f"{name}: its checksum .* `mlcd export --overwrite"):
+            read()
 
 
 @pytest.mark.parametrize(

@@ -282,10 +282,11 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize("what", IMPOSSIBLE)
 def test_impossible_headers_make_a_shard_unreadable(tmp_path: Path, what: str) -> None:
     sound = plain_shard(tmp_path / "sound.tar", 2).read_bytes()
-    shard = tmp_path / "bad.tar"
-    shard.write_bytes(sound[: sound.rindex(b"picture 1") + 512] + IMPOSSIBLE[what] + sound)
-    message = refused(tmp_path / "out", shard)
-    assert str(shard) in message and "--skip-unreadable-shards" in message and len(message) < 500
+    for name, before in (("first", b""), ("later", sound[: sound.rindex(b"picture 1") + 512])):
+        shard = tmp_path / f"{name}.tar"
+        shard.write_bytes(before + IMPOSSIBLE[what] + sound)
+        message = refused(tmp_path / "out", shard)
+        assert str(shard) in message and "--skip-unreadable-shards" in message and len(message) < 500
     index = index_of(tmp_path / "out", tmp_path / "*.tar", flags=("--skip-unreadable-shards",))
     assert [entry.name for entry in index.shards] == ["sound"]
 
