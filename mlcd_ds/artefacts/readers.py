@@ -204,6 +204,7 @@ def read_tensors(path: Path, fix: str, record: FileRecord | None = None) -> dict
     if record is not None:
         check_record(path, record, fix)
     with decoding(path, fix):
+        open(path, "rb").close()  # safetensors says "no such file" of one that may not be read
         return load_file(path)
 
 
@@ -234,6 +235,7 @@ class TensorFile:
 def open_tensors(path: Path, fix: str) -> Iterator[TensorFile]:
     """Open a safetensors file to read parts of it."""
     with decoding(path, fix):
+        open(path, "rb").close()
         opened = safe_open(path, framework="pt")
     with opened as file:
         yield TensorFile(path, file, fix)

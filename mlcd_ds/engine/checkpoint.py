@@ -19,6 +19,7 @@ from typing import Any
 
 from mlcd_ds.artefacts.files import FileRecord, fsync_folder, record_of
 from mlcd_ds.artefacts.manifest import library_versions
+from mlcd_ds.artefacts.readers import check_record
 from mlcd_ds.config import Recipe
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.engine_state import EngineState
@@ -34,7 +35,7 @@ from mlcd_ds.engine.weights import (
     write_checkpoint_manifest,
 )
 from mlcd_ds.errors import UserError
-from mlcd_ds.heads.head_state import load_head, save_head
+from mlcd_ds.heads.head_state import head_files, load_head, save_head
 from mlcd_ds.heads.partial_fc import PartialFCHead
 
 logger = logging.getLogger("mlcd_ds")
@@ -159,7 +160,12 @@ class Checkpointer:
         for folder in sorted(self._folder.glob("step_*")):
             if not (folder / CHECKPOINT_NAME).exists():
                 aside = folder.with_name(f"incomplete_{folder.name}_{time.time_ns()}")
-                os.rename(folder, aside)
+                try:
+                    os.rename(folder, aside)
+                except OSError as error:
+                    raise UserError(
+                        f"{folder} is incomplete and cannot be moved ({error.strerror}): remove it."
+                    ) from None
                 logger.warning("%s has no %s: it is set aside as %s", folder, CHECKPOINT_NAME, aside.name)
 
     def _check(self, folder: Path, manifest: CheckpointManifest) -> None:
@@ -176,9 +182,17 @@ class Checkpointer:
         names = sorted(manifest.files)
         bad = [n for n in names[self._group.rank :: self._group.size] if not _is_whole(folder / n, manifest.files[n])]
         bad = [name for part in self._group.gather_objects(bad) for name in part]
+        # A head file that nobody listed would be read with the others.
+        bad += [path.name for path, _, _ in head_files(folder) if path.name not in manifest.files]
         if bad:
-            raise UserError(f"{folder / bad[0]} is missing or damaged. {older_checkpoint(folder)}")
+            raise UserError(
+                f"{folder / bad[0]} is missing, damaged, or of another checkpoint. {older_checkpoint(folder)}"
+            )
 
 
 def _is_whole(path: Path, record: FileRecord) -> bool:
-    return path.exists() and record_of(path) == record
+    try:
+        check_record(path, record, "")
+    except UserError:
+        return False
+    return True
