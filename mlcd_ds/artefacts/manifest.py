@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import ConfigDict, ValidationError
 
 from mlcd_ds.artefacts.files import FileRecord, write_json
-from mlcd_ds.artefacts.readers import Shape, check_record, decoding, read_array, read_json_object
+from mlcd_ds.artefacts.readers import Shape, check_record, decoding, is_there, read_array, read_json_object
 from mlcd_ds.artefacts.typed import Frozen, first_problem
 from mlcd_ds.errors import UserError
 
@@ -55,7 +55,7 @@ class Manifest(Frozen):
 class AnyManifest(Manifest):
     """What all stages' manifests have in common."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(extra="ignore")
 
 
 ManifestType = TypeVar("ManifestType", bound=Manifest)
@@ -76,9 +76,7 @@ def remake(stage: str, folder: Path) -> str:
 def read_manifest(folder: Path, kind: type[ManifestType], stage: str) -> ManifestType:
     """Read the manifest of an earlier stage, or say which command makes it."""
     path, fix = folder / MANIFEST_NAME, remake(stage, folder)
-    with decoding(path, fix):
-        is_there = path.exists()
-    if not is_there:
+    if not is_there(path, fix):
         raise UserError(f"{path} is not there: run `mlcd {stage} --out {folder}` first (or to its end).")
     content = read_json_object(path, fix)
     refuse_other_stage(path, content, stage)
@@ -145,9 +143,9 @@ def output_path(folder: Path, manifest: Manifest, name: str) -> Path:
 
 def check_outputs(folder: Path) -> None:
     """Compare all files of a finished stage's folder with its manifest; a folder without one is not a stage's."""
-    path = folder / MANIFEST_NAME
-    if path.exists():
-        stage = str(read_json_object(path, "Make it again.").get("stage"))
+    path, fix = folder / MANIFEST_NAME, "Make the folder again."
+    if is_there(path, fix):
+        stage = str(read_json_object(path, fix).get("stage"))
         manifest = read_manifest(folder, AnyManifest, stage)
         for name in manifest.files:
             output_path(folder, manifest, name)

@@ -51,6 +51,12 @@ def brief(error: Exception) -> str:
     return text if len(text) <= 300 else text[:300] + "..."
 
 
+def is_there(path: Path, fix: str) -> bool:
+    """Whether a path exists. UserError where that cannot be told, for want of a permission."""
+    with decoding(path, fix):
+        return path.exists()
+
+
 def read_bytes(path: Path, fix: str, record: FileRecord | None = None) -> bytes:
     """A file's content, compared with its record."""
     if record is not None:
