@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mlcd_ds.artefacts.readers import decoding, read_json_object
 from mlcd_ds.data.pixels import CLIP_MEAN, CLIP_STD, PixelFormat
 from mlcd_ds.encoders.base import Encoder, TextEncoder
 from mlcd_ds.errors import UserError
-
-HUB_FIX = "Fetch the folder of the model again."
 
 
 def hugging_face(folder: Path, size: int | None) -> Encoder:
     """A CLIP, CLIP vision or MLCD model: image embeddings where there is a projection, else the pooled output."""
     import transformers
 
-    config = read_json_object(folder / "config.json", HUB_FIX)
+    config = json.loads((folder / "config.json").read_text())
     kind = config.get("model_type")
     classes = {
         "clip": transformers.CLIPVisionModelWithProjection,
@@ -33,9 +31,8 @@ def hugging_face(folder: Path, size: int | None) -> Encoder:
     network = _from_pretrained(classes[kind], folder)
     mean, std = CLIP_MEAN, CLIP_STD
     if (folder / "preprocessor_config.json").exists():
-        image = read_json_object(folder / "preprocessor_config.json", HUB_FIX)
-        with decoding(f"{folder / 'preprocessor_config.json'}: image_mean or image_std", HUB_FIX):
-            mean, std = (tuple(255 * float(value) for value in image[key]) for key in ("image_mean", "image_std"))
+        image = json.loads((folder / "preprocessor_config.json").read_text())
+        mean, std = (tuple(255 * value for value in image[key]) for key in ("image_mean", "image_std"))
     trained = network.config.vision_config if hasattr(network.config, "vision_config") else network.config
     if size not in (None, trained.image_size):
         raise UserError(f"{folder} takes images of {trained.image_size} pixels, not {size}.")
@@ -52,7 +49,7 @@ def load_text_encoder(folder: Path) -> TextEncoder:
     import transformers
 
     path = folder / "config.json"
-    if not path.exists() or read_json_object(path, HUB_FIX).get("model_type") != "clip":
+    if not path.exists() or json.loads(path.read_text()).get("model_type") != "clip":
         raise UserError(f"{folder} is not the folder of a whole CLIP model (model_type clip): only such encode texts.")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
