@@ -18,7 +18,15 @@ from pathlib import Path
 import torch
 
 from mlcd_ds.artefacts.files import record_of, write_atomic
-from mlcd_ds.artefacts.manifest import MANIFEST_NAME, Manifest, library_versions, read_manifest, write_manifest
+from mlcd_ds.artefacts.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    library_versions,
+    read_manifest,
+    refuse_foreign_folder,
+    write_manifest,
+)
+from mlcd_ds.artefacts.readers import check_record
 from mlcd_ds.config import Recipe, changed_keys, dump_recipe, load_recipe, recipe_names, with_precision
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.loader import StreamSlice
@@ -36,7 +44,14 @@ from mlcd_ds.distributed.stopping import EXIT_REQUEUE, StopRequest
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.tensor_parallel import autotp_section
 from mlcd_ds.engine.trainer import Trainer
-from mlcd_ds.engine.weights import CHECKPOINT_NAME, CONFIG_NAME, checkpoint_folders, read_run_recipe
+from mlcd_ds.engine.weights import (
+    CHECKPOINT_NAME,
+    CONFIG_NAME,
+    checkpoint_folders,
+    missing_file,
+    read_checkpoint,
+    read_run_recipe,
+)
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.choose_exp_block import check_kernel
 from mlcd_ds.heads.class_sampling import num_sampled
@@ -170,6 +185,7 @@ def describe(
 
 def claim_folder(recipe: Recipe, context: runner.Context) -> None:
     """Make the run's folder ours: write its config, or check that the one there is of the same run."""
+    refuse_foreign_folder(recipe.train.out, "train", "train.out")
     path = recipe.train.out / CONFIG_NAME
     if path.exists():
         before = read_run_recipe(recipe.train.out)
@@ -230,10 +246,23 @@ def run_inputs(index: ShardIndex, labels: LabelStore) -> dict[str, str]:
 
 
 def is_done(recipe: Recipe, index: ShardIndex, labels: LabelStore) -> bool:
-    """Whether the run is finished, on the same inputs. Its recipe was compared by `claim_folder`."""
-    if not (recipe.train.out / MANIFEST_NAME).exists():
+    """Whether the run is finished, on the same inputs. Its recipe was compared by `claim_folder`.
+
+    UserError when its last checkpoint is gone: checkpoint.json is compared by checksum, its files by size.
+    """
+    out = recipe.train.out
+    if not (out / MANIFEST_NAME).exists():
         return False
-    return read_manifest(recipe.train.out, TrainManifest, "train").inputs == run_inputs(index, labels)
+    manifest = read_manifest(out, TrainManifest, "train")
+    if manifest.inputs != run_inputs(index, labels):
+        return False
+    fix = f"Put it back, or remove {out / MANIFEST_NAME} to train again from the newest checkpoint."
+    for name, record in manifest.files.items():
+        check_record(out / name, record, fix)
+        folder = (out / name).parent
+        if missing := missing_file(folder, read_checkpoint(folder)):
+            raise UserError(f"{missing} is missing or was cut, though the run is finished. {fix}")
+    return True
 
 
 def write_train_manifest(recipe: Recipe, index: ShardIndex, labels: LabelStore) -> None:
