@@ -124,7 +124,7 @@ class ViT(nn.Module):
 
     def set_recompute(self, recompute: Recompute) -> None:
         """Choose what the blocks compute again in the backward pass; values and gradients stay as they are."""
-        for block in self.encoder.layers:
+        for block in self.encoder.blocks:
             block.recompute = recompute
 
     def forward_tokens(self, images_BCHW: Tensor, noise: TrainingNoise | None = None) -> Tensor:
