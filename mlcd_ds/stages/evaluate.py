@@ -23,7 +23,7 @@ from pydantic import Field
 
 from mlcd_ds.artefacts.files import record_of, write_atomic, write_json
 from mlcd_ds.artefacts.manifest import Manifest, library_versions, write_manifest
-from mlcd_ds.data.dali import ImageDecoder
+from mlcd_ds.data.dali import EvaluationDecoder
 from mlcd_ds.data.loader import shard_images
 from mlcd_ds.data.sample_labels import shard_labels
 from mlcd_ds.data.shard_index import ShardIndex
@@ -62,7 +62,7 @@ def compute_features(
     encoder: Encoder, index: ShardIndex, folder: Path, options: Options, context: runner.Context, weights: str
 ) -> None:
     """Write features fp32 [n, D] and labels int64 [n] of the labelled images of each shard below `folder`."""
-    decoder = ImageDecoder(options.batch_size, encoder.pixels, context.device, options.num_threads)
+    decoder = EvaluationDecoder(options.batch_size, encoder.pixels, context.device, options.num_threads)
     numbers = {entry.name: number for number, entry in enumerate(index.shards) if entry.num_images}
 
     def work(name: str) -> tuple[dict, dict]:
