@@ -1,6 +1,6 @@
-"""DALI: the graphs that decode images, on CPU and on GPU, one to train and one to evaluate. The only file that imports DALI.
+"""DALI: the graphs that decode images, on CPU and on GPU: one to train, one to evaluate. The only file that imports it.
 
-The graph has no state and no random numbers: encoded images, crop boxes and flips come in, pixels go out. What is read
+They have no state and no random numbers: encoded images, crop boxes and flips come in, pixels go out. What is read
 and how it is cropped is decided outside (order.py; crops.py to train, frames.py to evaluate), so runs resume bit for
 bit.
 """

