@@ -74,6 +74,17 @@ def preprocessor_config(pixels: PixelFormat) -> dict[str, Any]:
     }
 
 
+def open_clip_preprocessing(pixels: PixelFormat) -> dict[str, Any]:
+    """The same as a `preprocess_cfg` of open_clip, which resizes the shorter edge to the model's own size."""
+    assert pixels.resize == pixels.image_size
+    return {
+        "mean": [value / 255 for value in pixels.mean],
+        "std": [value / 255 for value in pixels.std],
+        "interpolation": pixels.interpolation,
+        "resize_mode": "shortest",
+    }
+
+
 @dataclass(frozen=True)
 class _Reader:
     """The keys of one file, each checked as it is taken."""
