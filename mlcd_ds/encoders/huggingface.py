@@ -28,7 +28,7 @@ def hugging_face(folder: Path, size: int | None) -> Encoder:
         "mlcd_vision_model": transformers.MLCDVisionModel,
     }
     if kind not in classes:
-        raise UserError(f"{folder / 'config.json'}: model_type {kind!r} is not one of {', '.join(classes)}.")
+        raise UserError(f"{folder / 'config.json'}: model_type {kind} is not one of {', '.join(classes)}. {FIX}")
     network = _from_pretrained(classes[kind], folder)
     trained = network.config.vision_config if hasattr(network.config, "vision_config") else network.config
     if size not in (None, trained.image_size):
@@ -49,6 +49,8 @@ def load_text_encoder(folder: Path) -> TextEncoder:
 
     if not (folder / "config.json").exists() or model_type(folder) != "clip":
         raise UserError(f"{folder} is not the folder of a whole CLIP model (model_type clip): only such encode texts.")
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"{folder} has no tokenizer (tokenizer.json, or vocab.json and merges.txt). {FIX}")
     with decoding(f"{folder}: its tokenizer", FIX):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     network = _from_pretrained(transformers.CLIPTextModelWithProjection, folder)
@@ -62,16 +64,32 @@ def load_text_encoder(folder: Path) -> TextEncoder:
     return TextEncoder(folder.resolve().name, network.eval().requires_grad_(False), encode)
 
 
-def model_type(folder: Path) -> object:
+def model_type(folder: Path) -> str:
     """What config.json says the model is."""
-    return read_json_object(folder / "config.json", FIX).get("model_type")
+    return str(read_json_object(folder / "config.json", FIX).get("model_type"))
 
 
 def _from_pretrained(kind: Any, folder: Path) -> nn.Module:
     """A model of transformers in fp32. UserError where the folder has not all of its weights, or others."""
-    with decoding(f"{folder}: the model (config.json, model.safetensors)", FIX):
-        network, info = kind.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what it would print of the weights is checked below
+    try:
+        with decoding(f"{folder}: the model (config.json, model.safetensors)", FIX):
+            network, info = kind.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise UserError(
+            f"{folder}: {name} is {list(found)} in model.safetensors, and {list(wanted)} by config.json. {FIX}"
         )
     if info["missing_keys"]:
         lacking = sorted(info["missing_keys"])[:3]

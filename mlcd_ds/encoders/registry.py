@@ -11,6 +11,7 @@ and may end in @SIZE, the side in pixels at which images are fed, where the netw
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -36,23 +37,23 @@ def load_encoder(specification: str) -> Encoder:
     if name.startswith("recipe:"):
         return untrained(name.removeprefix("recipe:"), size)
     folder = Path(name)
-    if (folder / "config.json").exists():
+    if os.path.exists(folder / "config.json"):  # unlike Path.exists, false for a name too long
         return hugging_face(folder, size)
-    if (folder / "config.yaml").exists():
+    if os.path.exists(folder / "config.yaml"):
         return training_run(folder, size)
     raise UserError(
-        f"encoder {specification!r} is neither a folder with config.json (Hugging Face) or config.yaml (a run of ours) "
-        "nor one of pixels, efficientnet-lite0, recipe:NAME."
+        f"encoder {specification[:200]!r} is neither a folder with config.json (Hugging Face) or config.yaml (a run of "
+        "ours) nor one of pixels, efficientnet-lite0, recipe:NAME."
     )
 
 
 def _name_and_size(specification: str) -> tuple[str, int | None]:
     """Split NAME[@SIZE]; a folder's own name may have an @."""
     name, at, size = specification.rpartition("@")
-    if not at or Path(specification).is_dir():
+    if not at or os.path.isdir(specification):
         return specification, None
     if not re.fullmatch("[1-9][0-9]{0,4}", size):
-        raise UserError(f"encoder {specification!r}: what follows @ must be a size in pixels, not {size[:20]!r}.")
+        raise UserError(f"encoder {specification[:200]!r}: what follows @ must be a size in pixels, not {size[:20]!r}.")
     return name, int(size)
 
 
