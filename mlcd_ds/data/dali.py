@@ -180,8 +180,8 @@ class ImageDecoder(_Decoder):
 class EvaluationDecoder(_Decoder):
     """For embedding and evaluation: whole images in a model's own `PixelFormat`, as transformers' processors make them.
 
-    Pillow resamples columns, rounds to whole grey levels from 0 to 255, and then resamples rows. Only where the rounding
-    in between shows is it done in two passes here, too: they take twice as long.
+    Pillow resamples columns, rounds to whole grey levels from 0 to 255, and then resamples rows. Here it is done in two
+    passes only where the rounding in between shows: they take twice as long.
     """
 
     def _squares(self, images: Any) -> tuple[Any, Any]:

