@@ -51,35 +51,42 @@ def brief(error: Exception) -> str:
     return text if len(text) <= 300 else text[:300] + "..."
 
 
+def is_there(path: Path, fix: str) -> bool:
+    """Whether a path exists. UserError where that cannot be told, for want of a permission."""
+    with decoding(path, fix):
+        return path.exists()
+
+
 def read_bytes(path: Path, fix: str, record: FileRecord | None = None) -> bytes:
     """A file's content, compared with its record."""
+    if record is not None:
+        check_size(path, record, fix)
     with decoding(path, fix):
         content = path.read_bytes()
     if record is not None:
-        _compare(path, len(content), record, fix)
-        if hashlib.sha256(content).hexdigest() != record.sha256:
-            raise _changed(path, fix)
+        _check_digest(path, hashlib.sha256(content).hexdigest(), record, fix)
     return content
 
 
 def check_record(path: Path, record: FileRecord, fix: str) -> None:
-    """Compare size and checksum of a file that is then read in parts. UserError says which of them is another."""
-    with decoding(path, fix):
-        size = path.stat().st_size
-    _compare(path, size, record, fix)
+    """Compare size and checksum of a file that is then read in parts."""
+    check_size(path, record, fix)
     with decoding(path, fix):
         digest = sha256_of(path)
-    if digest != record.sha256:
-        raise _changed(path, fix)
+    _check_digest(path, digest, record, fix)
 
 
-def _compare(path: Path, size: int, record: FileRecord, fix: str) -> None:
+def check_size(path: Path, record: FileRecord, fix: str) -> None:
+    """Compare a file's size alone: cheap, where whoever reads it compares the checksum."""
+    with decoding(path, fix):
+        size = path.stat().st_size
     if size != record.bytes:
         raise UserError(f"{path} has {size} bytes instead of {record.bytes}: it was changed or cut. {fix}")
 
 
-def _changed(path: Path, fix: str) -> UserError:
-    return UserError(f"{path}: its checksum is another than when it was written: it was changed or damaged. {fix}")
+def _check_digest(path: Path, digest: str, record: FileRecord, fix: str) -> None:
+    if digest != record.sha256:
+        raise UserError(f"{path}: its checksum is another than when it was written: it was changed or damaged. {fix}")
 
 
 # JSON and YAML
@@ -203,6 +210,7 @@ def read_tensors(path: Path, fix: str, record: FileRecord | None = None) -> dict
     if record is not None:
         check_record(path, record, fix)
     with decoding(path, fix):
+        open(path, "rb").close()  # safetensors says "no such file" of one that may not be read
         return load_file(path)
 
 
@@ -233,6 +241,7 @@ class TensorFile:
 def open_tensors(path: Path, fix: str) -> Iterator[TensorFile]:
     """Open a safetensors file to read parts of it."""
     with decoding(path, fix):
+        open(path, "rb").close()
         opened = safe_open(path, framework="pt")
     with opened as file:
         yield TensorFile(path, file, fix)

@@ -15,6 +15,7 @@ import os
 import re
 from pathlib import Path
 
+from mlcd_ds.artefacts.manifest import check_outputs
 from mlcd_ds.encoders.base import Encoder
 from mlcd_ds.encoders.efficientnet import efficientnet_lite0
 from mlcd_ds.encoders.huggingface import hugging_face
@@ -38,6 +39,7 @@ def load_encoder(specification: str) -> Encoder:
         return untrained(name.removeprefix("recipe:"), size)
     folder = Path(name)
     if os.path.exists(folder / "config.json"):  # unlike Path.exists, false for a name too long
+        check_outputs(folder)  # of `mlcd export`, perhaps
         return hugging_face(folder, size)
     if os.path.exists(folder / "config.yaml"):
         return training_run(folder, size)
