@@ -55,7 +55,8 @@ class WholeImages:
     origin: str = "images"
 
 
-def _import_dali():
+def _import_dali() -> Any:
+    """The package, without its types: they lack most names."""
     try:
         import nvidia.dali
     except ImportError:
@@ -71,16 +72,15 @@ class _Decoder:
     """
 
     def __init__(self, batch_size: int, pixels: PixelFormat, device: torch.device, num_threads: int) -> None:
-        _import_dali()
-        from nvidia.dali import fn, pipeline_def, types
-
+        dali = _import_dali()
+        fn, types = dali.fn, dali.types
         is_gpu = device.type == "cuda"
         self.batch_size, self._pixels, self._device = batch_size, pixels, device
         self._place = "gpu" if is_gpu else "cpu"
         self._queued: deque[tuple[int, str]] = deque()
 
-        @pipeline_def(enable_conditionals=True)
-        def graph():
+        @dali.pipeline_def(enable_conditionals=True)
+        def graph() -> Any:
             encoded = fn.external_source(name="encoded", no_copy=False)
             images = fn.decoders.image(encoded, device="mixed" if is_gpu else "cpu", output_type=types.RGB)
             squares, flips = self._squares(images)
@@ -150,8 +150,7 @@ class ImageDecoder(_Decoder):
         super().__init__(batch_size, pixels, device, num_threads)
 
     def _squares(self, images: Any) -> tuple[Any, Any]:
-        from nvidia.dali import fn, types
-
+        fn, types = _import_dali().fn, _import_dali().types
         start = fn.external_source(name="start", ndim=1, dtype=types.INT32)
         shape = fn.external_source(name="shape", ndim=1, dtype=types.INT32)
         images = fn.slice(images, start=start, shape=shape, axes=[0, 1], device=self._place)
@@ -185,8 +184,7 @@ class EvaluationDecoder(_Decoder):
     """
 
     def _squares(self, images: Any) -> tuple[Any, Any]:
-        from nvidia.dali import fn, types
-
+        fn, types = _import_dali().fn, _import_dali().types
         numbers = {
             name: fn.external_source(name=name, ndim=ndim, dtype=types.FLOAT)
             for name, ndim in {**dict.fromkeys(REGION, 1), "gains_x": 3, "gains_y": 3}.items()
@@ -213,8 +211,7 @@ class EvaluationDecoder(_Decoder):
 
     def _resized(self, images: Any, begin: Any, end: Any, axes: str) -> Any:
         """A region of images, resampled along these axes to the side of the square, not rounded."""
-        from nvidia.dali import fn, types
-
+        fn, types = _import_dali().fn, _import_dali().types
         kinds = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC, "lanczos": types.INTERP_LANCZOS3}
         return fn.resize(
             images,
@@ -258,11 +255,11 @@ def decoded_sizes(images: Sequence[bytes], num_threads: int) -> list[tuple[int, 
 
     A batch with a broken image fails as a whole; its images are then tried in halves.
     """
-    _import_dali()
-    from nvidia.dali import fn, pipeline_def, types
+    dali = _import_dali()
+    fn, types = dali.fn, dali.types
 
-    @pipeline_def
-    def graph():
+    @dali.pipeline_def
+    def graph() -> Any:
         return fn.decoders.image(fn.external_source(name="encoded"), device="cpu", output_type=types.RGB)
 
     def decode(part: Sequence[bytes]) -> list[tuple[int, int] | None]:

@@ -30,10 +30,10 @@ def hugging_face(folder: Path, size: int | None) -> Encoder:
     if kind not in classes:
         raise UserError(f"{folder / 'config.json'}: model_type {kind} is not one of {', '.join(classes)}. {FIX}")
     network = _from_pretrained(classes[kind], folder)
-    trained = network.config.vision_config if hasattr(network.config, "vision_config") else network.config
+    config: Any = network.config
+    trained = getattr(config, "vision_config", config)
     if size not in (None, trained.image_size):
         raise UserError(f"{folder} takes images of {trained.image_size} pixels, not {size}.")
-
     pixels = read_pixels(folder, trained.image_size)
 
     def encode(images: Tensor) -> Tensor:
@@ -54,7 +54,8 @@ def load_text_encoder(folder: Path) -> TextEncoder:
     with decoding(f"{folder}: its tokenizer", FIX):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     network = _from_pretrained(transformers.CLIPTextModelWithProjection, folder)
-    length = network.config.max_position_embeddings
+    config: Any = network.config
+    length = config.max_position_embeddings
 
     def encode(captions: list[str]) -> Tensor:
         tokens = tokenizer(captions, padding=True, truncation=True, max_length=length, return_tensors="pt")
