@@ -148,10 +148,11 @@ def run(options: Options, context: runner.Context) -> None:
         train_ND, train_labels_N = read_features(train, features / "train", train_notes, key, device)
         test_MD, test_labels_M = read_features(test, features / "test", test_notes, key, device)
         num_classes = int(train_labels_N.max()) + 1
-        if num_classes > len(train_labels_N):
+        num_different = len(train_labels_N.unique())
+        if num_classes > max(10_000, 100 * num_different):  # a row of weights each would exhaust memory
             raise UserError(
-                f"{options.train_index} has label {num_classes - 1}, but only {len(train_labels_N)} labelled images: "
-                f"{key!r} holds no class numbers. Name another --label-key."
+                f"{options.train_index} has label {num_classes - 1}, but only {num_different} different ones: {key!r} "
+                "holds ids, not class numbers. Name another --label-key."
             )
         if int(test_labels_M.max()) >= num_classes:
             raise UserError(f"{options.test_index} has label {int(test_labels_M.max())}, which no training image has.")
