@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mlcd_ds.artefacts.typed import Frozen
+from mlcd_ds.artefacts.typed import Frozen, free_field
 from mlcd_ds.heads.center_init import normal_centers, projected_centers
 from mlcd_ds.heads.centers import Centers, sample_features, scatter_features, through_unit, to_unit
 from mlcd_ds.heads.choose_exp_block import choose_exp_block
@@ -41,7 +41,7 @@ class HeadConfig(Frozen):
         "normal", description="first centres: random, or the k-means centres in data.clusters, projected"
     )
     init_std: float = Field(0.01, gt=0, description="deviation of the first centres' entries")
-    parallel_size: int | None = Field(
+    parallel_size: int | None = free_field(
         None, ge=1, description="ranks that share the classes; null: all; fewer: every so many ranks hold a copy"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
