@@ -76,7 +76,9 @@ class TrainConfig(Frozen):
 
     out: Path = free_field(Path("runs/train"), description="folder of the run")
     init_from: Path | None = Field(
-        None, description="Hugging Face folder whose backbone the run starts from (CLIP, MLCD, or `mlcd export`'s)"
+        None,
+        description="what the run starts from: another run, or a checkpoint of one, backbone and head; or a Hugging "
+        "Face folder (CLIP, MLCD, or `mlcd export`'s), the backbone alone",
     )
     steps: int = free_field(when="rates", ge=1, description="optimizer steps")
     global_batch: int = Field(ge=1, description="images a step, over all ranks")
@@ -148,13 +150,6 @@ class Recipe(Frozen):
                 f"lower it (optimizer.warmup_steps={self.train.steps // 10})"
             )
         return self
-
-
-def with_precision(recipe: Recipe, precision: str) -> Recipe:
-    """The recipe with train.precision "auto" decided."""
-    if recipe.train.precision != "auto":
-        return recipe
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
 
 
 def recipe_names() -> list[str]:

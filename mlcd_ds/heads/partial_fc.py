@@ -56,11 +56,6 @@ class HeadConfig(Frozen):
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
 
-    def with_precision(self, backbone: str) -> HeadConfig:
-        """These settings with precision "auto" decided by the backbone's."""
-        chosen = "fp32" if backbone == "fp32" else "bf16"
-        return self if self.precision != "auto" else self.model_copy(update={"precision": chosen})
-
 
 @dataclass(frozen=True)
 class HeadOutput:
