@@ -5,20 +5,18 @@ Only the weights are taken: the optimizer's state, the step and the order of sam
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from mlcd_ds.artefacts.manifest import check_outputs
+from mlcd_ds.artefacts.readers import decoding, read_json_object, read_tensors
 from mlcd_ds.config import Recipe, parse_recipe
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.checkpoint import check_files
 from mlcd_ds.engine.weights import (
-    BACKBONE_NAME,
     CHECKPOINT_NAME,
     CONFIG_NAME,
     CheckpointManifest,
@@ -68,11 +66,9 @@ class Start:
         raise UserError(f"{source} {difference}. Give labels of its clusters (`mlcd assign --clusters`), {alone}.")
 
     def fill_backbone(self, model: ViT) -> list[str]:
-        """Fill an initialised backbone; returns what was done, in words. Collective. UserError names what does not
-        fit."""
+        """Fill an initialised backbone; returns what was done, in words. UserError names what does not fit."""
         if self.checkpoint is None:
             return ["the backbone", *load_released(self.folder, model)]
-        check_files(self.folder, self.checkpoint, [BACKBONE_NAME], self.group)
         trained = load_backbone(self.folder)
         return ["the backbone", *_fill(model, trained.config, dict(trained.state_dict()), self.folder)]
 
@@ -112,14 +108,15 @@ def load_released(folder: Path, model: ViT) -> list[str]:
     The projection is taken from projection.safetensors where that fits, else left as it was initialised. Returns what
     was done besides copying, in words. UserError names the folder and what does not fit.
     """
-    try:
-        released = json.loads((folder / "config.json").read_text())
-        config, state = from_vision_model(load_file(folder / "model.safetensors"), released)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"train.init_from {folder} cannot be read: {error}") from None
+    fix = "train.init_from takes a run, or a Hugging Face folder such as `mlcd export` writes."
+    check_outputs(folder)
+    released = read_json_object(folder / "config.json", fix)
+    tensors = read_tensors(folder / "model.safetensors", fix)
+    with decoding(f"train.init_from {folder}", fix):
+        config, state = from_vision_model(tensors, released)
     projection = folder / "projection.safetensors"
-    if projection.exists():
-        state[PROJECTION] = load_file(projection)[PROJECTION]
+    if projection.exists() and (weight := read_tensors(projection, fix).get(PROJECTION)) is not None:
+        state[PROJECTION] = weight
     return _fill(model, config, state, folder)
 
 

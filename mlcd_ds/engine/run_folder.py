@@ -6,19 +6,33 @@ when the last step is done. weights.py reads the checkpoints, checkpoint.py writ
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from mlcd_ds.artefacts.files import record_of, write_atomic, write_json
-from mlcd_ds.artefacts.manifest import MANIFEST_NAME, Manifest, library_versions, read_manifest, write_manifest
+from mlcd_ds.artefacts.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    library_versions,
+    read_manifest,
+    refuse_foreign_folder,
+    write_manifest,
+)
+from mlcd_ds.artefacts.readers import check_record, read_json_object
 from mlcd_ds.config import Recipe, changed_entries, changed_keys, dump_recipe, free_keys
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.schedule import learning_rate
-from mlcd_ds.engine.weights import CHECKPOINT_NAME, CONFIG_NAME, checkpoint_folders, read_checkpoint, read_run_recipe
+from mlcd_ds.engine.weights import (
+    CHECKPOINT_NAME,
+    CONFIG_NAME,
+    checkpoint_folders,
+    missing_file,
+    read_checkpoint,
+    read_run_recipe,
+)
 from mlcd_ds.errors import UserError
 
 DEEPSPEED_NAME = "deepspeed.json"
@@ -43,6 +57,7 @@ def claim_folder(recipe: Recipe, ds_file: dict[str, Any], inputs: dict[str, str]
     Collective. UserError when the folder holds another run.
     """
     out = recipe.train.out
+    refuse_foreign_folder(out, "train", "train.out")
     if (out / CONFIG_NAME).exists():
         _check_same_run(read_run_recipe(out), recipe)
         _tell_changes(out / DEEPSPEED_NAME, ds_file)
@@ -74,19 +89,23 @@ def write_train_manifest(recipe: Recipe, inputs: dict[str, str]) -> None:
 
 
 def _finished_at(out: Path, inputs: dict[str, str]) -> int | None:
-    """The last step of a finished run, None where it is not finished. UserError when it had other inputs."""
+    """The last step of a finished run, None where it is not finished.
+
+    UserError when it had other inputs, or when its last checkpoint is gone: checkpoint.json is compared by checksum,
+    the files that it lists by size.
+    """
     if not (out / MANIFEST_NAME).exists():
         return None
     manifest = read_manifest(out, TrainManifest, "train")
     for role, fingerprint in manifest.inputs.items():
         if inputs.get(role) != fingerprint:
             raise UserError(f"{out} was trained on other {role} than data.{role} names now: choose another train.out.")
+    fix = f"Put it back, or remove {out / MANIFEST_NAME} to train again from the newest checkpoint."
     for name, record in manifest.files.items():
-        if not (out / name).exists() or record_of(out / name) != record:
-            raise UserError(
-                f"{out / name} is missing or damaged, though {out / MANIFEST_NAME} names it as the end of the run. "
-                f"Remove {out / MANIFEST_NAME} to go on from an older checkpoint."
-            )
+        check_record(out / name, record, fix)
+        folder = (out / name).parent
+        if missing := missing_file(folder, read_checkpoint(folder)):
+            raise UserError(f"{missing} is missing or was cut, though the run is finished. {fix}")
     return manifest.step
 
 
@@ -131,9 +150,6 @@ def _tell_changes(path: Path, ds_file: dict[str, Any]) -> None:
     """One line about what another DeepSpeed file says; the run goes on with it."""
     if not path.exists():  # an earlier version kept none
         return
-    try:
-        before = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}). Remove it; it is written again.") from None
+    before = read_json_object(path, "Remove it: it is written again.")
     if changed := changed_entries(before, ds_file):
         logger.info("train: the DeepSpeed file differs from %s: %s", path, ", ".join(changed))

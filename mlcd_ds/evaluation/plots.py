@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from mlcd_ds.evaluation.linear_probe import ProbeResult
 
 _SERIES = (("knn", "kNN", "#9aa5b1"), ("linear_probe", "linear probe", "#2f6690"))
 
 
-def confusion_plot(result: ProbeResult, class_names: Sequence[str], path: Path) -> None:
+def confusion_plot(result: ProbeResult, class_names: Sequence[str], path: Path | BinaryIO) -> None:
     """Draw the probe's confusion matrix, each row in percent of its true class.
 
     Raises ValueError unless there is a name for each class.

@@ -22,7 +22,9 @@ import torch
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 
-from mlcd_ds.artefacts.manifest import MANIFEST_NAME, Manifest, ManifestType, read_manifest
+from mlcd_ds.artefacts.files import remove_file
+from mlcd_ds.artefacts.manifest import MANIFEST_NAME, Manifest, ManifestType, read_manifest, refuse_foreign_folder
+from mlcd_ds.artefacts.readers import check_size
 from mlcd_ds.artefacts.typed import Frozen
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.launch import DEFAULT_TIMEOUT_S, detect_launch, device_of, process_group
@@ -154,9 +156,10 @@ def already_done(options: StageOptions, context: Context, kind: type[ManifestTyp
     Raises UserError when it holds a finished work with others, unless --overwrite was given. Reads the same on every
     rank. Files are compared by size here; whoever reads them compares their checksums.
     """
+    refuse_foreign_folder(options.out, wanted.stage)
     if options.overwrite and not options.dry_run:
         if context.group.is_main:  # without it the folder is unfinished, should this run be interrupted
-            (options.out / MANIFEST_NAME).unlink(missing_ok=True)
+            remove_file(options.out / MANIFEST_NAME)
         return False
     if options.overwrite or not (options.out / MANIFEST_NAME).exists():
         return False
@@ -172,8 +175,6 @@ def already_done(options: StageOptions, context: Context, kind: type[ManifestTyp
         if found.inputs.get(role) != wanted.inputs[role]:
             raise UserError(f"{path} was made from other {role} than those given now. {fix}")
     for name, record in found.files.items():
-        file = options.out / name
-        if not file.exists() or file.stat().st_size != record.bytes:
-            raise UserError(f"{file} is missing or has another size than {path} says. Pass --overwrite to redo it.")
+        check_size(options.out / name, record, "Pass --overwrite to redo it.")
     logger.info("%s: done already, nothing to do (%s)", wanted.stage, options.out)
     return True

@@ -132,7 +132,7 @@ def test_a_finished_run_of_other_inputs_stays_as_it_was(tmp_path: Path, group: G
 def test_a_finished_run_without_its_checkpoint_is_not_done(tmp_path: Path, group: Group) -> None:
     recipe = finished(tmp_path, group)
     (tmp_path / "checkpoints/step_00000100" / CHECKPOINT_NAME).unlink()
-    with pytest.raises(UserError, match=rf"{CHECKPOINT_NAME} is missing .*emove .*{MANIFEST_NAME}"):
+    with pytest.raises(UserError, match=rf"{CHECKPOINT_NAME} is missing\. .*remove .*{MANIFEST_NAME}"):
         claim_folder(recipe, DS_FILE, INPUTS, group)
 
 
@@ -150,5 +150,5 @@ def test_another_deepspeed_file_is_told_in_one_line(
     assert caplog.messages == [f"train: the DeepSpeed file differs from {tmp_path}/deepspeed.json: {keys}"]
     assert json.loads((tmp_path / "deepspeed.json").read_text()) == other
     (tmp_path / "deepspeed.json").write_text("{")
-    with pytest.raises(UserError, match=r"deepspeed.json cannot be read .*Remove it"):
+    with pytest.raises(UserError, match=r"deepspeed.json cannot be read: .*Remove it"):
         claim_folder(recipe, other, INPUTS, group)
