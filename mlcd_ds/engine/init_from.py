@@ -94,8 +94,7 @@ def find_start(recipe: Recipe, labels: LabelStore, group: Group) -> Start | None
     if folder is None or group.gather_objects(bool(checkpoint_folders(recipe.train.out)))[0]:
         return None
     if (folder / CONFIG_NAME).exists():
-        found = newest_checkpoint(folder) if group.is_main else None
-        folder = group.gather_objects(found)[0] or folder
+        folder = group.gather_objects(newest_checkpoint(folder))[0]
     is_ours = (folder / CHECKPOINT_NAME).exists()
     start = Start(folder, read_checkpoint(folder) if is_ours else None, group)
     start.check(recipe.model, labels)

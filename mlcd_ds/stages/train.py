@@ -65,6 +65,7 @@ def open_data(recipe: Recipe, group: Group) -> tuple[ShardIndex, LabelStore]:
         if getattr(recipe.data, key) is None:
             stage_name = {"index": "index", "labels": "assign"}[key]
             raise UserError(f"data.{key} is not given: add data.{key}=FOLDER, made by `mlcd {stage_name}`.")
+    assert recipe.data.index and recipe.data.labels
     index = ShardIndex(recipe.data.index)
     labels = LabelStore(recipe.data.labels, index)
     index.check_shards(group.rank, group.size)

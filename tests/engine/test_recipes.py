@@ -83,6 +83,8 @@ def test_constant_schedule_and_cooldown() -> None:
     assert rates[90] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5)) and rates[100] == pytest.approx(0.2)
     longer = [learning_rate(step, 201, config) for step in range(181)]
     assert longer[:81] == rates[:81] and longer[180] == 2.0, "a longer run begins as the shorter one does"
+    without = OptimizerConfig(lr=2.0, warmup_steps=10, schedule="constant")
+    assert {learning_rate(step, 101, without) for step in range(9, 101)} == {2.0}, "to the last step"
 
 
 # --- optimizer groups
