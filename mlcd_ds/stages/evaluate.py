@@ -1,7 +1,8 @@
 """Evaluate a frozen encoder on labelled shards: weighted kNN and a linear probe.
 
-Features are taken before the projection and computed once a shard. The linear probe is CLIP's: L-BFGS logistic
-regression, its L2 swept on a validation part of the training set, then fitted on all of it. kNN is weighted by
+Features are taken before the projection and computed once a shard. The linear probe is CLIP's logistic regression,
+its L2 swept on a validation part of the training set, then fitted on all of it: the mean of --num-splits such choices.
+Its +- is one standard error, from the test images (bootstrap) and from the choice of the split. kNN is weighted by
 exp(cosine / 0.07). Labels are read from the samples' .json members. Writes report.json and confusion.png.
 
   mlcd evaluate --model runs/demo/export --train-index runs/demo/index/train --test-index runs/demo/index/test \\
@@ -24,6 +25,7 @@ from pydantic import Field
 from mlcd_ds.artefacts.files import write_atomic, write_json
 from mlcd_ds.artefacts.manifest import Manifest, library_versions, write_manifest
 from mlcd_ds.artefacts.readers import read_json
+from mlcd_ds.artefacts.typed import MAX_BATCH, MAX_THREADS
 from mlcd_ds.data.dali import ImageDecoder
 from mlcd_ds.data.loader import shard_images
 from mlcd_ds.data.sample_labels import shard_labels
@@ -47,9 +49,10 @@ class Options(runner.StageOptions):
     test_index: Path = Field(description="folder of `mlcd index` with the held-out images")
     classes: Path | None = Field(None, description="JSON list of class names, for the plot")
     label_key: str = Field("label", description="key of the whole number in the samples' .json; null is no label")
-    seed: int = Field(0, ge=0, description="of the validation split")
-    batch_size: int = Field(64, ge=1, description="images a forward pass, per rank")
-    num_threads: int = Field(2, ge=1, description="decoding threads of a rank")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the validation splits")
+    num_splits: int = Field(5, ge=2, le=100, description="validation splits; the linear probe is their mean")
+    batch_size: int = Field(64, ge=1, le=MAX_BATCH, description="images a forward pass, per rank")
+    num_threads: int = Field(2, ge=1, le=MAX_THREADS, description="decoding threads of a rank")
 
 
 class EvaluationManifest(Manifest):
@@ -121,6 +124,7 @@ def run(options: Options, context: runner.Context) -> None:
             "pixels": asdict(encoder.pixels),
             "label_key": options.label_key,
             "seed": options.seed,
+            "num_splits": options.num_splits,
         },
         inputs={"train_index": train.manifest.fingerprint, "test_index": test.manifest.fingerprint},
         files={},
@@ -144,18 +148,21 @@ def run(options: Options, context: runner.Context) -> None:
         train_ND, train_labels_N = read_features(train, features / "train", train_notes, key, device)
         test_MD, test_labels_M = read_features(test, features / "test", test_notes, key, device)
         num_classes = int(train_labels_N.max()) + 1
-        if num_classes > len(train_labels_N):
+        num_different = len(train_labels_N.unique())
+        if num_classes > max(10_000, 100 * num_different):  # a row of weights each would exhaust memory
             raise UserError(
-                f"{options.train_index} has label {num_classes - 1}, but only {len(train_labels_N)} labelled images: "
-                f"{key!r} holds no class numbers. Name another --label-key."
+                f"{options.train_index} has label {num_classes - 1}, but only {num_different} different ones: {key!r} "
+                "holds ids, not class numbers. Name another --label-key."
             )
         if int(test_labels_M.max()) >= num_classes:
             raise UserError(f"{options.test_index} has label {int(test_labels_M.max())}, which no training image has.")
         ks = usable_ks(len(train_ND))
         knn = weighted_knn(train_ND, train_labels_N, test_MD, test_labels_M, num_classes, ks)
         generator = torch.Generator().manual_seed(options.seed)
-        probe = linear_probe(train_ND, train_labels_N, test_MD, test_labels_M, num_classes, generator)
-        write_results(options, encoder, knn, probe, wanted, class_names(options, num_classes))
+        probe = linear_probe(
+            train_ND, train_labels_N, test_MD, test_labels_M, num_classes, generator, options.num_splits
+        )
+        write_results(options, encoder, knn, probe, len(train_ND), wanted, class_names(options, num_classes))
     context.group.barrier()
 
 
@@ -164,6 +171,7 @@ def write_results(
     encoder: Encoder,
     knn: dict[int, float],
     probe: ProbeResult,
+    num_train: int,
     wanted: EvaluationManifest,
     names: list[str],
 ) -> None:
@@ -177,23 +185,33 @@ def write_results(
         "knn_by_k": knn,
         "linear_probe": probe.accuracy,
         "linear_probe_se": probe.accuracy_se,
+        "linear_probe_test_se": probe.test_se,
+        "linear_probe_split_sd": probe.split_sd,
         "linear_probe_mean_per_class": probe.mean_per_class,
-        "l2": probe.l2,
-        "num_train": probe.num_fit + probe.num_val,
-        "num_test": len(probe.predictions_M),
+        "linear_probe_by_split": [{"l2": split.l2, "accuracy": split.accuracy} for split in probe.splits],
+        "converged": probe.num_unconverged == 0,
+        "num_train": num_train,
+        "num_test": probe.predictions_SM.shape[1],
     }
+    if probe.num_unconverged:
+        runner.logger.warning(
+            "evaluate: %d of %d fits of the linear probe did not converge: its accuracy is of unfinished fits.",
+            probe.num_unconverged,
+            probe.num_fits,
+        )
     files = {"report.json": write_json(options.out / "report.json", report)}
     shown = names[: len(probe.per_class_accuracy)]
     files["confusion.png"] = write_atomic(options.out / "confusion.png", lambda f: confusion_plot(probe, shown, f))
     scores = {"knn": {str(k): accuracy for k, accuracy in knn.items()}, "linear_probe": probe.accuracy}
     write_manifest(options.out, wanted.model_copy(update={"files": files, **scores}))
     runner.logger.info(
-        "evaluate: %s: kNN %.1f%%, linear probe %.1f%% +- %.1f (%d test images)",
+        "evaluate: %s: kNN %.1f%%, linear probe %.1f%% +- %.1f (%d test images, %d validation splits)",
         encoder.name,
         100 * headline,
         100 * probe.accuracy,
         100 * probe.accuracy_se,
         report["num_test"],
+        len(probe.splits),
     )
 
 

@@ -31,6 +31,7 @@ from pydantic import Field
 from mlcd_ds.artefacts.files import FileRecord, write_atomic, write_json
 from mlcd_ds.artefacts.manifest import library_versions, write_manifest
 from mlcd_ds.artefacts.readers import brief
+from mlcd_ds.artefacts.typed import MAX_THREADS
 from mlcd_ds.data.dali import decoded_sizes
 from mlcd_ds.data.shard_index import (
     ENDINGS,
@@ -56,7 +57,7 @@ class Options(runner.StageOptions):
 
     shards: tuple[str, ...] = Field(description="tars to index: paths or quoted glob patterns", min_length=1)
     max_megapixels: float = Field(50.0, gt=0, description="drop larger images (their decoding would exhaust memory)")
-    num_threads: int = Field(2, ge=1, description="decoding threads of a rank")
+    num_threads: int = Field(2, ge=1, le=MAX_THREADS, description="decoding threads of a rank")
     skip_unreadable_shards: bool = Field(False, description="leave out tars that are broken, instead of failing")
 
 

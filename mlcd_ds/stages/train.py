@@ -22,7 +22,7 @@ from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.loader import StreamSlice
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.distributed.ds_config import read_ds_config
+from mlcd_ds.distributed.ds_config import check_filled_config, read_ds_config
 from mlcd_ds.distributed.stopping import EXIT_REQUEUE, StopRequest
 from mlcd_ds.engine.engine_config import read_layout, resolve_ds_config
 from mlcd_ds.engine.init_from import find_start
@@ -31,6 +31,7 @@ from mlcd_ds.engine.precision import decide_precision
 from mlcd_ds.engine.run_folder import claim_folder, run_inputs, write_train_manifest
 from mlcd_ds.engine.trainer import Trainer
 from mlcd_ds.errors import UserError
+from mlcd_ds.heads.choose_exp_block import check_kernel
 from mlcd_ds.heads.class_sampling import num_sampled
 from mlcd_ds.heads.class_shards import class_range
 from mlcd_ds.heads.groups import num_class_shards
@@ -38,11 +39,9 @@ from mlcd_ds.models.vit import ViT, flops_per_image, num_parameters
 from mlcd_ds.stages import runner
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> runner.Parser:
     """The command line of `mlcd train`."""
-    parser = argparse.ArgumentParser(
-        prog="mlcd train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runner.Parser(prog="mlcd train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys, such as train.steps=1000")
     parser.add_argument(
         "--recipe", default="demo", help=f"name or YAML file (default: demo; there are {', '.join(recipe_names())})"
@@ -112,9 +111,11 @@ def run(args: argparse.Namespace, context: runner.Context) -> int:
     recipe = load_recipe(args.recipe, (*args.overrides, *given))
     given_config = read_ds_config(args.deepspeed_config)
     recipe = decide_precision(recipe, given_config, args.deepspeed_config)
+    check_kernel(recipe.head.kernel, context.device.type)
     layout = read_layout(given_config, args.deepspeed_config, context.group.size)
     batch_slice = plan_batches(recipe, layout, context.group.rank)
     ds_config = resolve_ds_config(given_config, args.deepspeed_config, recipe, layout, batch_slice)
+    check_filled_config(ds_config, args.deepspeed_config)
     if args.dry_run:
         describe(recipe, ds_config, layout, batch_slice, context)
         return 0
