@@ -186,7 +186,7 @@ class Trainer:
                     seconds, began = time.perf_counter() - began, time.perf_counter()
                     self._log(log, bar, done, result, seconds, done - logged)
                     logged = done
-                is_stopped = stop.is_asked(self.group) and done < train.steps
+                is_stopped = stop.was_asked(self.group) and done < train.steps
                 is_saved = is_stopped or done % train.checkpoint_every == 0 or done == train.steps
                 if is_saved or done % train.log_every == 0:
                     self._check_loss(done, float(result.loss))
