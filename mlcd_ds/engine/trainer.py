@@ -93,7 +93,7 @@ class Trainer:
         self.head = PartialFCHead(
             labels.num_centers,
             recipe.model.embed_dim,
-            recipe.head.with_precision(recipe.train.precision),
+            recipe.head.with_precision(recipe.train.precision, device),
             ClassLoss(recipe.objective),
             make_head_groups(group, recipe.head.parallel_size, layout.tensor_parallel),
             seed,

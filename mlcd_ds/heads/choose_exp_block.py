@@ -5,20 +5,25 @@ from __future__ import annotations
 import importlib.util
 from typing import Literal
 
+import torch
+
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.negatives import ExpBlock, TorchExpBlock
+from mlcd_ds.kernels.device import check_triton, has_triton
 from mlcd_ds.kernels.matmul import Matmul
 
 
-def choose_exp_block(kernel: Literal["auto", "torch", "triton"], matmul: Matmul) -> ExpBlock:
+def choose_exp_block(kernel: Literal["auto", "torch", "triton"], matmul: Matmul, device: torch.device) -> ExpBlock:
     """The block's implementation by `head.kernel`. UserError when triton is asked for and is not there."""
-    has_triton = importlib.util.find_spec("triton") is not None
-    # In fp32 Triton would multiply without tensor cores, and its tiles would not fit every GPU.
-    suits_triton = has_triton and matmul.device_type == "cuda" and matmul.is_bf16
+    is_installed = importlib.util.find_spec("triton") is not None
+    # In fp32 Triton would multiply without tensor cores.
+    suits_triton = is_installed and device.type == "cuda" and matmul.is_bf16 and has_triton(device)
     if kernel == "torch" or (kernel == "auto" and not suits_triton):
         return TorchExpBlock(matmul)
-    if not has_triton:
+    if not is_installed:
         raise UserError("head.kernel is triton, which is not installed: pip install triton, or set head.kernel=torch.")
+    check_triton(device, "head.kernel triton", "set head.kernel=torch")
     from mlcd_ds.heads.triton_exp import TritonExpBlock
+    from mlcd_ds.kernels.triton_product import tile_shape
 
-    return TritonExpBlock(matmul)
+    return TritonExpBlock(matmul, *tile_shape(matmul.is_bf16))

@@ -26,6 +26,7 @@ from mlcd_ds.heads.class_shards import class_range
 from mlcd_ds.heads.groups import HeadGroups
 from mlcd_ds.heads.negatives import Negatives
 from mlcd_ds.heads.positives import Positives
+from mlcd_ds.kernels.device import check_bf16, has_bf16
 from mlcd_ds.kernels.matmul import Matmul
 from mlcd_ds.objectives.class_losses import ClassLoss
 
@@ -45,10 +46,12 @@ class HeadConfig(Frozen):
         None, ge=1, description="ranks that share the classes; null: all; fewer: every so many ranks hold a copy"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of the products; sums, weights and moments are fp32. auto: fp32 where the backbone's is"
+        "auto",
+        description="of the products; sums, weights and moments are fp32. auto: bf16, but fp32 where the backbone's is "
+        "or the GPU has no bf16",
     )
     kernel: Literal["auto", "torch", "triton"] = Field(
-        "auto", description="of the logits' blocks; auto: triton on a GPU where it is installed, else torch"
+        "auto", description="of the logits' blocks; auto: triton in bf16 on a GPU where it is installed, else torch"
     )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="of the centres")
     update: Literal["lazy", "dense"] = Field(
@@ -56,9 +59,14 @@ class HeadConfig(Frozen):
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
 
-    def with_precision(self, backbone: str) -> HeadConfig:
-        """These settings with precision "auto" decided by the backbone's."""
-        chosen = "fp32" if backbone == "fp32" else "bf16"
+    def with_precision(self, backbone: str, device: torch.device) -> HeadConfig:
+        """These settings with precision "auto" decided by the backbone's and the device.
+
+        UserError when bf16 is asked for and the GPU has none.
+        """
+        if self.precision == "bf16":
+            check_bf16(device, "head.precision bf16", "set head.precision=fp32 or auto")
+        chosen = "fp32" if backbone == "fp32" or not has_bf16(device) else "bf16"
         return self if self.precision != "auto" else self.model_copy(update={"precision": chosen})
 
 
@@ -98,7 +106,7 @@ class PartialFCHead(nn.Module):
         self.classes = class_range(num_classes, groups.classes.size, groups.classes.rank)
         self.allow_host_sync = torch.device(device).type == "cpu"
         self.matmul = Matmul(config.precision == "bf16", torch.device(device).type)
-        self.exp_block = choose_exp_block(config.kernel, self.matmul)
+        self.exp_block = choose_exp_block(config.kernel, self.matmul, torch.device(device))
         shape = len(self.classes), dim
         self.weight_LE = nn.Parameter(torch.full(shape, float("nan"), device=device), requires_grad=False)
         self.register_buffer("grad_LE", torch.zeros(shape, device=device), persistent=False)
