@@ -1,7 +1,4 @@
-"""How long a training step takes, by what GPUs multiply and what travels between them: bytes over a bandwidth.
-
-G images of a micro-batch on all ranks that share the classes, E embedding, P labels an image.
-"""
+"""How long a training step takes, by what GPUs multiply and what travels between them: bytes over a bandwidth."""
 
 from __future__ import annotations
 
@@ -46,7 +43,8 @@ def traffic(
 
     A ring sends (N - 1) / N of a tensor to gather or scatter it over N ranks, twice as much to sum it for all.
     DeepSpeed sums whole buckets for all at stages 0 to 2, at each micro-batch from stage 2 on; stage 3 scatters the
-    sums, and gathers the weights for forward and for backward.
+    sums, and gathers the weights for forward and for backward. What copies of the head (head.parallel_size) add up
+    between them is left out.
     """
     width = 4 if recipe.train.precision == "fp32" else 2
     stage, ring = layout.zero_stage, 1 - 1 / layout.data_parallel
@@ -56,6 +54,7 @@ def traffic(
     shards = recipe.head.parallel_size or layout.num_ranks
     images, dim = micro_batch * shards // layout.tensor_parallel, recipe.model.embed_dim
     labels = recipe.objective.num_labels or 8
+    # Embeddings and their gradient, labels, sums and cosines: docs/head.md.
     head = images * (dim * (width + 4) + labels * 8 + 2 * (1 + labels) * 4) * (1 - 1 / shards)
     sums = 2 * (1 - 1 / layout.tensor_parallel) * tokens * recipe.model.width * width
     within = 4 * recipe.model.depth * sums * micro_batch  # of two products a layer, there and back

@@ -219,6 +219,13 @@ def positive(text: str) -> int:
     return value
 
 
+def above_zero(text: str) -> float:
+    """A number above zero."""
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above zero")
+    return value
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `mlcd plan`."""
     parser = argparse.ArgumentParser(
@@ -235,8 +242,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-centers", type=positive, default=1_000_000, help="classes (default: %(default)s)")
     parser.add_argument("--num-images", type=positive, default=400_000_000, help="to cluster (default: %(default)s)")
     parser.add_argument("--embedding-dim", type=positive, default=768, help="of the teacher (default: %(default)s)")
-    parser.add_argument("--network", type=float, help="GB/s that a GPU sends to other nodes, such as 20")
-    parser.add_argument("--mfu", type=float, help="share of the peak that your runs reach, such as 0.41")
+    parser.add_argument("--network", type=above_zero, help="GB/s that a GPU sends to other nodes, such as 20")
+    parser.add_argument("--mfu", type=above_zero, help="share of the peak that your runs reach, such as 0.41")
     return parser
 
 

@@ -240,6 +240,14 @@ def test_what_training_would_refuse_is_refused(
     assert message in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize("flag", ["--network", "--mfu"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "much"])
+def test_speeds_are_above_zero(capfd: pytest.CaptureFixture, flag: str, value: str) -> None:
+    with pytest.raises(SystemExit):
+        plan.main([f"{flag}={value}"])
+    assert f"argument {flag}" in "".join(capfd.readouterr())
+
+
 def test_what_does_not_fit_is_said(capfd: pytest.CaptureFixture) -> None:
     assert plan.main(["--gpus", "8", "--gpu", "a100-40gb", "train.micro_batch_per_rank=null"]) == 0
     text = "".join(capfd.readouterr())
