@@ -8,12 +8,13 @@ import torch
 
 from mlcd_ds.clustering.assigner import Assigner, AssignerName, Metric, Precision
 from mlcd_ds.clustering.blockwise import BlockwiseAssigner
-from mlcd_ds.clustering.faiss_assigner import FaissAssigner, FaissGpuAssigner
+from mlcd_ds.clustering.faiss_assigner import FaissAssigner, FaissGpuAssigner, has_faiss
 from mlcd_ds.errors import UserError
 from mlcd_ds.kernels.device import check_bf16, check_triton, has_bf16, has_triton
 
 # Below so many multiplications in a pass, fp32 takes seconds and bf16's rounding is not worth them.
 MANY_MULTIPLICATIONS = 10**12
+EXTRAS = {"cpu": "cpu", "cuda": "gpu"}  # of the package: which of them installs faiss for a device
 
 
 def resolve_precision(precision: Precision, device: torch.device, num_multiplications: float) -> bool:
@@ -29,25 +30,43 @@ def resolve_precision(precision: Precision, device: torch.device, num_multiplica
     return has_fast_bf16 and num_multiplications >= MANY_MULTIPLICATIONS
 
 
-def choose_assigner(name: AssignerName, metric: Metric, device: torch.device, is_bf16: bool) -> Assigner:
-    """The assigner by `--assigner`. UserError when one is asked for that cannot run here.
+def resolve_assigner(name: AssignerName, device: torch.device, is_bf16: bool) -> AssignerName:
+    """`auto` is faiss in fp32, where it is installed for the device, and in bf16 triton on a GPU; else torch."""
+    if name != "auto":
+        return name
+    if not is_bf16:
+        return "faiss" if has_faiss(device) else "torch"
+    return "triton" if device.type == "cuda" and _is_installed() and has_triton(device) else "torch"
 
-    `auto` is torch on a CPU. On a GPU it is triton for bf16, else torch.
-    """
-    is_installed = importlib.util.find_spec("triton") is not None
+
+def choose_assigner(name: AssignerName, metric: Metric, device: torch.device, is_bf16: bool) -> Assigner:
+    """The assigner by `--assigner`. UserError when one is asked for that cannot run here."""
+    name = resolve_assigner(name, device, is_bf16)
     if name == "faiss":
         if device.type == "cuda":
             return FaissGpuAssigner(metric, is_bf16)
         if is_bf16:
             raise UserError("--assigner faiss multiplies fp32 on a CPU: pass --precision fp32, or --assigner torch.")
         return FaissAssigner(metric)
-    suits_triton = is_installed and device.type == "cuda" and is_bf16 and has_triton(device)
-    if name == "torch" or (name == "auto" and not suits_triton):
+    if name == "torch":
         return BlockwiseAssigner(metric, is_bf16, device)
-    if not is_installed:
+    if not _is_installed():
         raise UserError("--assigner triton: triton is not installed: pip install triton, or pass --assigner torch.")
     check_triton(device, "--assigner triton", "pass --assigner torch")
     from mlcd_ds.clustering.triton_nearest import TritonAssigner
     from mlcd_ds.kernels.triton_product import tile_shape
 
     return TritonAssigner(metric, is_bf16, device, *tile_shape(is_bf16))
+
+
+def describe_assigner(name: AssignerName, device: torch.device, is_bf16: bool) -> str:
+    """What searches, and in which precision, for the log."""
+    used = resolve_assigner(name, device, is_bf16)
+    text = f"{used}, {'bf16' if is_bf16 else 'fp32'}"
+    if name == "auto" and not is_bf16 and used != "faiss":
+        text += f' (no faiss here for {device.type}: pip install "mlcd_ds[{EXTRAS[device.type]}]")'
+    return text
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

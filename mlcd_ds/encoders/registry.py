@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlcd_ds.artefacts.manifest import check_outputs
 from mlcd_ds.encoders.base import Encoder
 from mlcd_ds.encoders.efficientnet import efficientnet_lite0
 from mlcd_ds.encoders.huggingface import hugging_face
@@ -35,6 +36,7 @@ def load_encoder(specification: str) -> Encoder:
         return untrained(name.removeprefix("recipe:"), size)
     folder = Path(name)
     if (folder / "config.json").exists():
+        check_outputs(folder)  # of `mlcd export`, perhaps
         return hugging_face(folder, size)
     if (folder / "config.yaml").exists():
         return training_run(folder, size)

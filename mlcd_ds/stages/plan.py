@@ -213,9 +213,9 @@ def clustering_lines(num_images: int, num_centers: int, dim: int, num_ranks: int
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a number from 1 on")
+    """A whole number from 1 to 10^12."""
+    if not 1 <= (value := int(text)) <= 10**12:
+        raise argparse.ArgumentTypeError(f"{value} is not a number from 1 to 10^12")
     return value
 
 
@@ -226,11 +226,16 @@ def above_zero(text: str) -> float:
     return value
 
 
-def build_parser() -> argparse.ArgumentParser:
+def share(text: str) -> float:
+    """A number above 0 and up to 1."""
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0 and up to 1")
+    return value
+
+
+def build_parser() -> runner.Parser:
     """The command line of `mlcd plan`."""
-    parser = argparse.ArgumentParser(
-        prog="mlcd plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runner.Parser(prog="mlcd plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys, such as train.recompute=mlp")
     parser.add_argument("--recipe", default="vit_l_14", help=f"name or file (there are {', '.join(recipe_names())})")
     parser.add_argument("--gpus", type=positive, default=80, help="how many (default: %(default)s)")
@@ -243,7 +248,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-images", type=positive, default=400_000_000, help="to cluster (default: %(default)s)")
     parser.add_argument("--embedding-dim", type=positive, default=768, help="of the teacher (default: %(default)s)")
     parser.add_argument("--network", type=above_zero, help="GB/s that a GPU sends to other nodes, such as 20")
-    parser.add_argument("--mfu", type=above_zero, help="share of the peak that your runs reach, such as 0.41")
+    parser.add_argument("--mfu", type=share, help="share of the peak that your runs reach, such as 0.41")
     return parser
 
 

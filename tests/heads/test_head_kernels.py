@@ -113,10 +113,6 @@ def test_bf16_rounds_what_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_auto_takes_torch_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(choose_exp_block("auto", Matmul(False, "cpu"), CPU), TorchExpBlock)
-    monkeypatch.delenv("TRITON_INTERPRET")
-    if HAS_TRITON:
-        with pytest.raises(UserError, match=r"head.kernel triton needs a GPU.*head.kernel=torch"):
-            choose_exp_block("triton", Matmul(False, "cpu"), CPU)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert isinstance(choose_exp_block("auto", Matmul(True, "cuda"), GPU), TorchExpBlock)
     with pytest.raises(UserError, match="pip install triton"):
@@ -151,6 +147,13 @@ def test_what_a_gpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     if HAS_TRITON:
         with pytest.raises(UserError, match=r"head.kernel triton needs a GPU, Ampere"):
             choose_exp_block("triton", Matmul(False, "cuda"), GPU)
+
+
+def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_exp_block("triton", Matmul(True, "cpu"), CPU), "tests run under TRITON_INTERPRET=1"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(UserError, match=r"head.kernel is triton, but this process sees no GPU: set head.kernel=auto"):
+        choose_exp_block("triton", Matmul(True, "cpu"), CPU)
 
 
 def run_precisions(group: Group) -> dict[str, dict[str, Tensor]]:
