@@ -10,6 +10,7 @@ from mlcd_ds.clustering.assigner import Assigner, AssignerName, Metric, Precisio
 from mlcd_ds.clustering.blockwise import BlockwiseAssigner
 from mlcd_ds.clustering.faiss_assigner import FaissAssigner, FaissGpuAssigner, has_faiss
 from mlcd_ds.errors import UserError
+from mlcd_ds.kernels.device import check_bf16, check_triton, has_bf16, has_triton
 
 # Below so many multiplications in a pass, fp32 takes seconds and bf16's rounding is not worth them.
 MANY_MULTIPLICATIONS = 10**12
@@ -17,10 +18,15 @@ EXTRAS = {"cpu": "cpu", "cuda": "gpu"}  # of the package: which of them installs
 
 
 def resolve_precision(precision: Precision, device: torch.device, num_multiplications: float) -> bool:
-    """Whether products take bf16 inputs. `auto`: on a GPU, or a CPU with bf16 tiles, where a pass is long."""
+    """Whether products take bf16 inputs. `auto`: on a GPU or CPU that is fast with them, where a pass is long.
+
+    UserError when bf16 is asked for and the GPU has none.
+    """
+    if precision == "bf16":
+        check_bf16(device, "--precision bf16", "pass --precision fp32")
     if precision != "auto":
         return precision == "bf16"
-    has_fast_bf16 = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    has_fast_bf16 = has_bf16(device) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
     return has_fast_bf16 and num_multiplications >= MANY_MULTIPLICATIONS
 
 
@@ -30,7 +36,7 @@ def resolve_assigner(name: AssignerName, device: torch.device, is_bf16: bool) ->
         return name
     if not is_bf16:
         return "faiss" if has_faiss(device) else "torch"
-    return "triton" if device.type == "cuda" and _has_triton() else "torch"
+    return "triton" if device.type == "cuda" and _is_installed() and has_triton(device) else "torch"
 
 
 def choose_assigner(name: AssignerName, metric: Metric, device: torch.device, is_bf16: bool) -> Assigner:
@@ -44,11 +50,13 @@ def choose_assigner(name: AssignerName, metric: Metric, device: torch.device, is
         return FaissAssigner(metric)
     if name == "torch":
         return BlockwiseAssigner(metric, is_bf16, device)
-    if not _has_triton():
+    if not _is_installed():
         raise UserError("--assigner triton: triton is not installed: pip install triton, or pass --assigner torch.")
+    check_triton(device, "--assigner triton", "pass --assigner torch")
     from mlcd_ds.clustering.triton_nearest import TritonAssigner
+    from mlcd_ds.kernels.triton_product import tile_shape
 
-    return TritonAssigner(metric, is_bf16, device)
+    return TritonAssigner(metric, is_bf16, device, *tile_shape(is_bf16))
 
 
 def describe_assigner(name: AssignerName, device: torch.device, is_bf16: bool) -> str:
@@ -60,5 +68,5 @@ def describe_assigner(name: AssignerName, device: torch.device, is_bf16: bool) -
     return text
 
 
-def _has_triton() -> bool:
+def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None

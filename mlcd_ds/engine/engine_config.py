@@ -49,4 +49,5 @@ def resolve_ds_config(
     if layout.tensor_parallel > 1:
         config["tensor_parallel"] = autotp_section(layout.tensor_parallel)
     config.setdefault("steps_per_print", 10**9)  # progress is ours to show
+    config["timers"] = {"throughput": {"enabled": False}}  # its clock would wait for the device twice a step
     return config

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mlcd_ds.config import Recipe
 from mlcd_ds.distributed.ds_config import stated_precision
 from mlcd_ds.heads.partial_fc import HeadConfig
+from mlcd_ds.kernels.device import check_bf16, has_bf16
 
 
 def decide_precision(recipe: Recipe, ds_config: dict[str, Any], path: Path) -> Recipe:
@@ -24,8 +27,12 @@ def is_autocast(precision: str, zero_stage: int) -> bool:
     return precision == "bf16" and zero_stage == 0
 
 
-def head_config(recipe: Recipe) -> HeadConfig:
-    """The head's settings with its precision decided: "auto" is fp32 where the backbone's is, else bf16."""
+def head_config(recipe: Recipe, device: torch.device) -> HeadConfig:
+    """The head's settings with its precision decided: "auto" is bf16, but fp32 where the backbone's is, or where
+    `device` has no bf16. UserError when bf16 is asked for there."""
+    if recipe.head.precision == "bf16":
+        check_bf16(device, "head.precision bf16", "set head.precision=fp32 or auto")
     if recipe.head.precision != "auto":
         return recipe.head
-    return recipe.head.model_copy(update={"precision": "fp32" if recipe.train.precision == "fp32" else "bf16"})
+    is_fp32 = recipe.train.precision == "fp32" or not has_bf16(device)
+    return recipe.head.model_copy(update={"precision": "fp32" if is_fp32 else "bf16"})

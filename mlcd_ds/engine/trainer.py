@@ -94,7 +94,7 @@ class Trainer:
         self.head = PartialFCHead(
             labels.num_centers,
             recipe.model.embed_dim,
-            head_config(recipe),
+            head_config(recipe, device),
             ClassLoss(recipe.objective),
             make_head_groups(group, recipe.head.parallel_size, layout.tensor_parallel),
             seed,
@@ -193,7 +193,7 @@ class Trainer:
                     seconds, began = time.perf_counter() - began, time.perf_counter()
                     self._log(log, bar, done, result, seconds, done - logged)
                     logged = done
-                is_stopped = stop.is_asked(self.group) and done < train.steps
+                is_stopped = stop.was_asked(self.group) and done < train.steps
                 is_saved = is_stopped or done % train.checkpoint_every == 0 or done == train.steps
                 if is_saved or done % train.log_every == 0:
                     self._check_loss(done, float(result.loss))

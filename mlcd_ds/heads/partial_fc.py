@@ -45,10 +45,12 @@ class HeadConfig(Frozen):
         None, ge=1, description="ranks that share the classes; null: all; fewer: every so many ranks hold a copy"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of the products; sums, weights and moments are fp32. auto: fp32 where the backbone's is"
+        "auto",
+        description="of the products; sums, weights and moments are fp32. auto: bf16, but fp32 where the backbone's is "
+        "or the GPU has no bf16",
     )
     kernel: Literal["auto", "torch", "triton"] = Field(
-        "auto", description="of the logits' blocks; auto: triton on a GPU where it is installed, else torch"
+        "auto", description="of the logits' blocks; auto: triton in bf16 on a GPU where it is installed, else torch"
     )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="of the centres")
     update: Literal["lazy", "dense"] = Field(
@@ -93,7 +95,7 @@ class PartialFCHead(nn.Module):
         self.classes = class_range(num_classes, groups.classes.size, groups.classes.rank)
         self.allow_host_sync = torch.device(device).type == "cpu"
         self.matmul = Matmul(config.precision == "bf16", torch.device(device).type)
-        self.exp_block = choose_exp_block(config.kernel, self.matmul)
+        self.exp_block = choose_exp_block(config.kernel, self.matmul, torch.device(device))
         shape = len(self.classes), dim
         self.weight_LE = nn.Parameter(torch.full(shape, float("nan"), device=device), requires_grad=False)
         self.register_buffer("grad_LE", torch.zeros(shape, device=device), persistent=False)

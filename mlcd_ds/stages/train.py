@@ -35,6 +35,7 @@ from mlcd_ds.heads.choose_exp_block import check_kernel
 from mlcd_ds.heads.class_sampling import num_sampled
 from mlcd_ds.heads.class_shards import class_range
 from mlcd_ds.heads.groups import num_class_shards
+from mlcd_ds.kernels.device import check_bf16
 from mlcd_ds.models.vit import ViT, flops_per_image, num_parameters
 from mlcd_ds.stages import runner
 
@@ -111,7 +112,9 @@ def run(args: argparse.Namespace, context: runner.Context) -> int:
     recipe = load_recipe(args.recipe, (*args.overrides, *given))
     given_config = read_ds_config(args.deepspeed_config)
     recipe = decide_precision(recipe, given_config, args.deepspeed_config)
-    check_kernel(recipe.head.kernel, context.device.type)
+    if recipe.train.precision == "bf16":
+        check_bf16(context.device, "train.precision bf16", "train in fp16, with ds_configs/zero1_fp16.json")
+    check_kernel(recipe.head.kernel, context.device)
     layout = read_layout(given_config, args.deepspeed_config, context.group.size)
     batch_slice = plan_batches(recipe, layout, context.group.rank)
     ds_config = resolve_ds_config(given_config, args.deepspeed_config, recipe, layout, batch_slice)

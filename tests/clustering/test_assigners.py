@@ -219,6 +219,14 @@ def test_faiss_finds_all_centres_where_as_many_are_wanted(metric: Metric) -> Non
 def test_what_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="--precision fp32"):
         choose_assigner("faiss", "cosine", CPU, True)
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert not resolve_precision("auto", gpu, 2 * MANY_MULTIPLICATIONS)
+    with pytest.raises(UserError, match=r"--precision bf16 needs a GPU with bf16.*--precision fp32"):
+        resolve_precision("bf16", gpu, 0)
+    if HAS_TRITON:
+        with pytest.raises(UserError, match=r"--assigner triton needs a GPU.*--assigner torch"):
+            choose_assigner("triton", "cosine", gpu, False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install triton"):
         choose_assigner("triton", "cosine", CPU, False)

@@ -61,7 +61,7 @@ def child(out: Path, point: int, report: int) -> None:
     recipe = parse_recipe(yaml.safe_load(yaml.safe_dump(content)), "kill points")
     for module in (training_state, head_state):
         module.save_file = torn_first(module.save_file)
-    with process_group(Launch(0, 0, 1, 1, "single")) as group:
+    with process_group(Launch(0, 0, 1, 1)) as group:
         backbone = ViT(recipe.model)
         backbone.init_weights(torch.Generator().manual_seed(0))
         batch = {"train_batch_size": (4, "test"), "train_micro_batch_size_per_gpu": (4, "test")}
