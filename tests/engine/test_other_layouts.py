@@ -19,7 +19,7 @@ from mlcd_ds.config import Recipe, parse_recipe
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.distributed.engine_state import EngineState
+from mlcd_ds.distributed.engine_state import engine_state
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.trainer import Trainer
 from mlcd_ds.stages.train import resolve_ds_config
@@ -110,9 +110,9 @@ def resume_in_place(group: Group, data: TinyData, folder: Path, tensor_parallel:
     for precision, optimizer, stage in kinds:
         name, layout = f"{precision}-{optimizer}-{stage}", Layout(group.size, tensor_parallel, stage)
         trainer = make_trainer(data, folder / name, layout, group, precision, optimizer)
-        assert EngineState(trainer.engine).num_updates == 0
+        assert engine_state(trainer.engine).num_updates == 0
         go_on(trainer, 0, 3)
-        assert 0 < EngineState(trainer.engine).num_updates <= 3
+        assert 0 < engine_state(trainer.engine).num_updates <= 3
         trainer.checkpointer.save(3)
         expected = go_on(trainer, 3, 5)
         trainer.engine.destroy()
