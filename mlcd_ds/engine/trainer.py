@@ -29,6 +29,7 @@ from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.deepspeed import initialize_engine, step_engine
 from mlcd_ds.distributed.stopping import StopRequest
 from mlcd_ds.engine.checkpoint import Checkpointer
+from mlcd_ds.engine.gradients import GradientFactors, attach_gradient
 from mlcd_ds.engine.hardware import peak_tflops
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.optimizer import backbone_optimizer, head_optimizer, set_learning_rate
@@ -38,7 +39,7 @@ from mlcd_ds.engine.schedule import learning_rate
 from mlcd_ds.engine.weights import checkpoint_folders, load_released
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.groups import make_head_groups
-from mlcd_ds.heads.partial_fc import PartialFCHead, attach_gradient
+from mlcd_ds.heads.partial_fc import PartialFCHead
 from mlcd_ds.models.noise import TrainingNoise
 from mlcd_ds.models.vit import ViT, flops_per_image
 from mlcd_ds.objectives.class_losses import ClassLoss
@@ -73,6 +74,7 @@ class Trainer:
         self.recipe, self.index, self.labels, self.group, self.device = recipe, index, labels, group, device
         self.layout = layout
         self.batch_slice = plan_batches(recipe, layout, group.rank)
+        self.factors = GradientFactors.of(self.batch_slice.num_micro_batches, layout.data_parallel)
         if (wanted := recipe.objective.num_labels or 1) > labels.num_labels:
             raise UserError(
                 f"objective.num_labels is {wanted}, but {labels.folder} holds {labels.num_labels} labels an image: "
@@ -152,14 +154,13 @@ class Trainer:
         set_learning_rate(self.engine.optimizer, lr)
         token_drop = phase_at(self.recipe, step).token_drop
         self.head.resample(step)
-        num_micro_batches = self.batch_slice.num_micro_batches
         outputs = []
-        for _ in range(num_micro_batches):
+        for _ in range(self.batch_slice.num_micro_batches):
             batch = next(batches)
             noise = TrainingNoise(batch.keys_B, self.recipe.train.drop_path, token_drop)
             emb_BE = F.normalize(self.engine(batch.images_B3SS.to(self.dtype), noise).float(), dim=1)
-            output = self.head(emb_BE, batch.labels_BP, weight=1 / num_micro_batches)
-            self.engine.backward(attach_gradient(emb_BE, output, self.layout.data_parallel))
+            output = self.head(emb_BE, batch.labels_BP, weight=self.factors.rows)
+            self.engine.backward(attach_gradient(emb_BE, output, self.factors))
             backbone_norm = step_engine(self.engine)
             outputs.append(output)
         head_norm = self.head_optimizer.step(lr * config.head_lr_scale)
