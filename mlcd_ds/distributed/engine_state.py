@@ -53,6 +53,14 @@ class EngineState(ABC):
         scaler = self._scaler()
         return {name: value for name in SCALER_FIELDS if (value := getattr(scaler, name, None)) is not None}
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all that this rank updates is, and its moments. The host waits."""
+        states = [self._adam.state.get(master, {}) for *_, master in self._masters()]
+        moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        masters = [master.detach() for *_, master in self._masters()]
+        return all(bool(tensor.isfinite().all()) for tensor in (*masters, *moments))
+
     def moments(self, name: str) -> tuple[str, ...]:
         """Names of a parameter's moments."""
         return MUON_MOMENTS if getattr(self._parameters[name], "use_muon", False) else ADAM_MOMENTS

@@ -15,6 +15,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mlcd_ds.artefacts.files import FileRecord, fsync_folder, record_of, write_json
 from mlcd_ds.artefacts.manifest import library_versions
 from mlcd_ds.config import Recipe
@@ -65,8 +67,9 @@ class Checkpointer:
     def save(self, step: int) -> Path:
         """Write the state after `step` steps, then drop the oldest checkpoints. Collective.
 
-        Raises UserError when it cannot be written; earlier checkpoints stay.
+        Raises UserError when it cannot be written, or would hold what is no number; earlier checkpoints stay.
         """
+        self._check_finite(step)
         final = self._folder / f"step_{step:08d}"
         partial = self._folder / f".{final.name}.partial"
         try:
@@ -88,6 +91,16 @@ class Checkpointer:
                 shutil.rmtree(doomed)
         self._group.barrier()
         return final
+
+    def _check_finite(self, step: int) -> None:
+        """All ranks refuse alike. Collective."""
+        head = (self._head.weight_LE, *self._head_optimizer.state.values())
+        is_finite = self._state.is_finite and all(bool(tensor.isfinite().all()) for tensor in head)
+        if self._group.all_reduce_max(torch.tensor([float(not is_finite)])).item():
+            raise UserError(
+                f"weights or moments are not finite after step {step}: no checkpoint is written. Lower optimizer.lr; "
+                "started again, the run goes on from its last checkpoint."
+            )
 
     def _write(self, partial: Path, step: int) -> None:
         """All files of a checkpoint, its manifest last. Collective."""

@@ -90,7 +90,8 @@ class Trainer:
         if recipe.train.compile:
             for block in backbone.encoder.layers:
                 block.compile()
-        self.engine = initialize_engine(backbone.to(device), backbone_optimizer(backbone, recipe.optimizer), ds_config)
+        optimizer = backbone_optimizer(backbone.to(device), recipe.optimizer, layout.zero_stage)
+        self.engine = initialize_engine(backbone, optimizer, ds_config)
         self.dtype = next(self.engine.module.parameters()).dtype
         self.head = PartialFCHead(
             labels.num_centers,
