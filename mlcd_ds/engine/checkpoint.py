@@ -21,7 +21,7 @@ from mlcd_ds.artefacts.files import FileRecord, fsync_folder, record_of, write_j
 from mlcd_ds.artefacts.manifest import library_versions
 from mlcd_ds.config import Recipe
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.distributed.engine_state import engine_state
+from mlcd_ds.distributed.engine_state import EngineState
 from mlcd_ds.engine.layout import Layout
 from mlcd_ds.engine.training_state import load_training_state, save_training_state
 from mlcd_ds.engine.weights import (
@@ -53,14 +53,14 @@ class Checkpointer:
         self,
         recipe: Recipe,
         layout: Layout,
-        engine: Any,
+        state: EngineState,
         head: PartialFCHead,
         head_optimizer: Any,
         group: Group,
         inputs: dict[str, str],
     ) -> None:
         self._recipe, self._layout, self._group, self._inputs = recipe, layout, group, inputs
-        self._state, self._head, self._head_optimizer = engine_state(engine), head, head_optimizer
+        self._state, self._head, self._head_optimizer = state, head, head_optimizer
         self._folder = recipe.train.out / CHECKPOINTS
         self._git_commit = git_commit()
 

@@ -27,6 +27,7 @@ from mlcd_ds.data.pixels import clip_pixels
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.deepspeed import initialize_engine, step_engine
+from mlcd_ds.distributed.engine_state import engine_state
 from mlcd_ds.distributed.stopping import StopRequest
 from mlcd_ds.engine.checkpoint import Checkpointer
 from mlcd_ds.engine.gradients import GradientFactors, attach_gradient
@@ -35,7 +36,7 @@ from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.optimizer import backbone_optimizer, head_optimizer, set_learning_rate
 from mlcd_ds.engine.phases import phase_at, phases
 from mlcd_ds.engine.run_log import RunLog, log_data_pages, peak_memory_mb
-from mlcd_ds.engine.schedule import learning_rate
+from mlcd_ds.engine.schedule import average_decay, learning_rate
 from mlcd_ds.engine.weights import checkpoint_folders, load_released
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.groups import make_head_groups
@@ -105,10 +106,13 @@ class Trainer:
         self.head.init_weights(None if recipe.head.init == "normal" else self._own_centers(recipe.data.clusters))
         self.head_optimizer = head_optimizer(self.head, recipe.optimizer)
         self.wait_s = 0.0  # for data, since the last entry of the log
+        self.state = engine_state(self.engine)
+        if recipe.train.ema_decay:
+            self.state.begin_average()
         self.checkpointer = Checkpointer(
             recipe,
             layout,
-            self.engine,
+            self.state,
             self.head,
             self.head_optimizer,
             group,
@@ -165,6 +169,8 @@ class Trainer:
             backbone_norm = step_engine(self.engine)
             outputs.append(output)
         head_norm = self.head_optimizer.step(lr * config.head_lr_scale)
+        if self.recipe.train.ema_decay:
+            self.state.update_average(average_decay(step, self.recipe.train.ema_decay))
         parts = {name: torch.stack([output.parts[name] for output in outputs]).mean() for name in outputs[0].parts}
         loss = torch.stack([output.loss for output in outputs]).mean()
         return StepResult(loss, parts, backbone_norm, head_norm, lr)

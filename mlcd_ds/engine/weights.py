@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -22,7 +23,8 @@ from mlcd_ds.models.vit import ViT
 CONFIG_NAME = "config.yaml"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_NAME = "checkpoint.json"
-BACKBONE_NAME = "backbone.safetensors"
+BACKBONE_NAME, AVERAGE_NAME = "backbone.safetensors", "ema.safetensors"
+Weights = Literal["last", "ema"]
 POSITIONS = "embeddings.position_embedding.weight"
 
 
@@ -73,9 +75,17 @@ def newest_checkpoint(run: Path) -> Path:
     return folders[-1]
 
 
-def load_backbone(checkpoint: Path) -> ViT:
-    """The backbone of a checkpoint folder, in fp32 on the CPU."""
-    path = checkpoint / BACKBONE_NAME
+def backbone_path(checkpoint: Path, weights: Weights) -> Path:
+    """The file of a checkpoint's weights, or of their moving average. UserError where the run keeps none."""
+    path = checkpoint / (AVERAGE_NAME if weights == "ema" else BACKBONE_NAME)
+    if weights == "ema" and path.name not in read_checkpoint(checkpoint).files:
+        raise UserError(f"{checkpoint} holds no {path.name}: the run has train.ema_decay null. Take --weights last.")
+    return path
+
+
+def load_backbone(checkpoint: Path, weights: Weights = "last") -> ViT:
+    """The backbone of a checkpoint folder, in fp32 on the CPU; "ema": the moving average of its weights."""
+    path = backbone_path(checkpoint, weights)
     recipe = parse_recipe(read_checkpoint(checkpoint).recipe, str(checkpoint / CHECKPOINT_NAME))
     with torch.device("meta"):
         model = ViT(recipe.model)

@@ -54,6 +54,7 @@ FREE_KEYS = (
     "train.out",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.ema_decay",
     "train.log_every",
     "train.micro_batch_per_rank",
     "train.recompute",
