@@ -85,12 +85,19 @@ class Checkpointer:
                 "another rank failed, see its message. Earlier checkpoints are whole."
             ) from None
         if self._group.is_main:
-            for old in checkpoint_folders(self._recipe.train.out)[: -self._recipe.train.keep_checkpoints]:
+            for old in self._outdated():
                 doomed = old.with_name(f".{old.name}.partial")  # a kill while removing must not leave half of it
                 os.rename(old, doomed)
                 shutil.rmtree(doomed)
         self._group.barrier()
         return final
+
+    def _outdated(self) -> list[Path]:
+        """Checkpoints that are neither among the newest nor milestones."""
+        train = self._recipe.train
+        old = checkpoint_folders(train.out)[: -train.keep_checkpoints]
+        every = train.milestone_every
+        return [folder for folder in old if not every or int(folder.name.removeprefix("step_")) % every]
 
     def _check_finite(self, step: int) -> None:
         """All ranks refuse alike. Collective."""
