@@ -21,9 +21,10 @@ demo: setup  ## the whole pipeline on the pictures in demo/shards
 test: setup  ## all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: setup  ## style and imports
+lint: setup  ## style, imports and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:  ## remove .venv and the demo's results
 	rm -rf $(VENV) runs/demo

@@ -1,6 +1,7 @@
-"""What benchmarks/head.py compares the head with: the plain dense form, and Partial FC with a softmax for each label.
+"""What benchmarks/head.py compares the head with: the plain dense form, and Partial FC for each label.
 
-Both are written for this comparison from their descriptions, and both hold what autograd holds. B images of a rank,
+All are written for this comparison from their descriptions. The dense form holds what autograd holds; Partial FC turns
+its logits into gradients in place, as its authors' code does. B images of a rank,
 G of all ranks, E embedding, L classes of a rank, S of them sampled, P labels an image.
 """
 
@@ -56,12 +57,16 @@ class Reference(nn.Module):
         """Forward, backward and optimizer; returns the gradient of the embeddings."""
         emb_BE = emb_BE.detach().requires_grad_()
         self.loss(emb_BE, labels_BP).backward()
+        self.finish_step()
+        return emb_BE.grad
+
+    def finish_step(self) -> None:
+        """Clip, step, clear."""
         norm = self.group.all_reduce_sum(self.weight_LE.grad.square().sum()).sqrt()
         self.weight_LE.grad.mul_((5.0 / (norm + 1e-6)).clamp_max(1.0))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step_number += 1
-        return emb_BE.grad
 
     def loss(self, emb_BE: Tensor, labels_BP: Tensor) -> Tensor:
         raise NotImplementedError
@@ -90,32 +95,63 @@ class DenseMLCD(Reference):
         return (torch.log(sums_2G + torch.exp(-shifts_2)[:, None]) + shifts_2[:, None]).sum(dim=0).mean()
 
 
-class PartialFCPerLabel(Reference):
-    """Partial FC (arXiv 2203.15565), as its authors' multi-label successor uses it.
+class _SoftmaxOverRanks(torch.autograd.Function):
+    """Cross-entropy of logits [G, S] whose classes are spread over ranks; logits become probabilities, then gradients,
+    in place, as Partial FC's authors do it. `target_G`: the label's column, -1 where it is another rank's."""
 
-    For each of P labels a sample of its own that holds the batch's labels, a softmax over it; the mean of the P losses.
+    @staticmethod
+    def forward(ctx, logits_GS: Tensor, target_G: Tensor, group: Group) -> Tensor:
+        logits_GS.sub_(group.all_reduce_max(logits_GS.amax(dim=1))[:, None]).exp_()
+        logits_GS.div_(group.all_reduce_sum(logits_GS.sum(dim=1))[:, None])
+        here_K = (target_G >= 0).nonzero()[:, 0]
+        probability_G = logits_GS.new_zeros(len(target_G))
+        probability_G[here_K] = logits_GS[here_K, target_G[here_K]]
+        ctx.save_for_backward(here_K, logits_GS, target_G)
+        return -group.all_reduce_sum(probability_G).clamp_min(1e-30).log().mean()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        here_K, logits_GS, target_G = ctx.saved_tensors
+        logits_GS[here_K, target_G[here_K]] -= 1
+        return logits_GS.mul_(upstream / len(target_G)), None, None
+
+
+class PartialFCFrugal(Reference):
+    """Partial FC (arXiv 2203.15565) run for each of P labels in turn, as users of a single-label head do: a call and a
+    backward each, gradients added up, one step of the optimizer.
+
+    For each label a sample of its own that holds the batch's labels, and a softmax over it.
     """
 
-    def loss(self, emb_BE: Tensor, labels_BP: Tensor) -> Tensor:
-        emb_GE = F.normalize(_GatherWithGradient.apply(emb_BE, self.group), dim=1)
-        local_GP = self.group.all_gather(labels_BP) - self.classes.begin
-        losses = [self._softmax(emb_GE, local_G) for local_G in local_GP.unbind(dim=1)]
-        return torch.stack(losses).mean()
+    def step(self, emb_BE: Tensor, labels_BP: Tensor) -> Tensor:
+        """Forward, backward and optimizer; returns the gradient of the embeddings."""
+        emb_BE = emb_BE.detach().requires_grad_()
+        for labels_B in labels_BP.unbind(dim=1):
+            (self.softmax(emb_BE, labels_B) / labels_BP.shape[1]).backward()
+        self.finish_step()
+        return emb_BE.grad
 
-    def _softmax(self, emb_GE: Tensor, local_G: Tensor) -> Tensor:
+    def softmax(self, emb_BE: Tensor, labels_B: Tensor) -> Tensor:
+        """The loss of one label."""
+        emb_GE = F.normalize(_GatherWithGradient.apply(emb_BE, self.group), dim=1)
+        local_G = self.group.all_gather(labels_B) - self.classes.begin
         is_here_G = (local_G >= 0) & (local_G < len(self.classes))
         positives = local_G[is_here_G].unique()
         order_L = torch.rand(len(self.classes), device=emb_GE.device)
         order_L[positives] = 2.0
         size = max(num_sampled(self.classes, self.rate), len(positives))
         sampled_S = order_L.topk(size).indices.sort().values
-        places_G = torch.searchsorted(sampled_S, local_G.where(is_here_G, 0))
+        target_G = torch.searchsorted(sampled_S, local_G.where(is_here_G, 0)).where(is_here_G, -1)
         logits_GS = (emb_GE @ F.normalize(self.weight_LE[sampled_S], dim=1).T).clamp(-1, 1)
-        one_hot = (torch.arange(len(local_G), device=emb_GE.device)[is_here_G], places_G[is_here_G])
-        logits_GS = logits_GS.index_put(one_hot, logits_GS[one_hot] - MARGIN) * SCALE
-        largest_G = self.group.all_reduce_max(logits_GS.detach().amax(dim=1))
-        exp_GS = torch.exp(logits_GS - largest_G[:, None])
-        total_G = _SumOverRanks.apply(exp_GS.sum(dim=1), self.group)
-        probability_GS = exp_GS / total_G[:, None]
-        target_G = torch.zeros(len(local_G), device=emb_GE.device).index_put((one_hot[0],), probability_GS[one_hot])
-        return -_SumOverRanks.apply(target_G, self.group).clamp_min(1e-30).log().mean()
+        here_K = is_here_G.nonzero()[:, 0]
+        logits_GS[here_K, target_G[here_K]] -= MARGIN
+        return _SoftmaxOverRanks.apply(logits_GS * SCALE, target_G, self.group)
+
+
+class PartialFCSummed(PartialFCFrugal):
+    """The same with one backward for the sum of the P losses, which holds P times the logits."""
+
+    step = Reference.step
+
+    def loss(self, emb_BE: Tensor, labels_BP: Tensor) -> Tensor:
+        return torch.stack([self.softmax(emb_BE, labels_B) for labels_B in labels_BP.unbind(dim=1)]).mean()

@@ -1,10 +1,11 @@
-"""Loader: DALI's graph against the plain Pillow path, side by side in one run, on the pictures of the demo.
+"""Loader: from tars to normalised batches at 224 px, against webdataset with Pillow in worker processes.
 
   python benchmarks/loader.py [--json FILE]
 
-Both decode, crop, resize and normalise the same batches with the same number of threads (Pillow in a thread pool; it
-releases the interpreter's lock while it works). `throughput_ratio_vs_plain` is DALI's images/s over Pillow's, the
-median of the rounds.
+Both read the same tars (the demo's pictures, enlarged to 384 px as JPEG), decode, crop at random, resize to 224 px with
+an antialiased cubic filter, mirror half and normalise. Ours: the training loader, one process, two decoding threads.
+Theirs: webdataset's pipeline with two DataLoader workers, as its users write it. Throughput is images/s over an epoch
+without the first batch, in turn in one run; `throughput_ratio_vs_webdataset` is ours over theirs, the median of rounds.
 """
 
 from __future__ import annotations
@@ -12,50 +13,123 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import random
 import statistics
+import subprocess
 import sys
 import tarfile
+import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+import webdataset
 from PIL import Image
+from torch import Tensor
 
 from mlcd_ds.artefacts.manifest import library_versions
-from mlcd_ds.data.crops import random_boxes
-from mlcd_ds.data.dali import EncodedBatch, ImageDecoder
-from mlcd_ds.data.pixels import PixelFormat, clip_pixels
+from mlcd_ds.data.label_store import LabelStore
+from mlcd_ds.data.loader import AugmentConfig, StreamSlice, TrainLoader
+from mlcd_ds.data.order import SampleOrder
+from mlcd_ds.data.pixels import CLIP_MEAN, CLIP_STD, clip_pixels
+from mlcd_ds.data.shard_index import ShardIndex
+from mlcd_ds.engine.checkpoint import git_commit
 
-SHARD = Path(__file__).resolve().parents[1] / "demo/shards/train/00000.tar"
-BATCH, IMAGE_SIZE, THREADS, ROUNDS, BATCHES = 128, 96, 2, 5, 4
-
-
-def read_images(count: int) -> list[bytes]:
-    """The first JPEGs of a shard."""
-    with tarfile.open(SHARD) as archive:
-        members = [member for member in archive if member.name.endswith(".jpg")][:count]
-        return [archive.extractfile(member).read() for member in members]
+SOURCES = sorted((Path(__file__).resolve().parents[1] / "demo/shards/train").glob("*.tar"))
+NUM_SHARDS, IMAGES_PER_SHARD, STORED_SIZE = 4, 256, 384
+BATCH, SIZE, WORKERS, ROUNDS = 64, 224, 2, 5
+NUM_BATCHES = NUM_SHARDS * IMAGES_PER_SHARD // BATCH
 
 
-def plain_image(content: bytes, box: np.ndarray, is_flipped: bool, pixels: PixelFormat) -> np.ndarray:
-    """One image by Pillow and numpy: fp32 [3, S, S]."""
-    top, left, height, width = (int(value) for value in box)
-    with Image.open(io.BytesIO(content)) as opened:
-        image = opened.convert("RGB").crop((left, top, left + width, top + height))
-    image = image.resize((pixels.image_size, pixels.image_size), Image.Resampling.BICUBIC)
-    values = np.asarray(image, dtype=np.float32)[:, ::-1] if is_flipped else np.asarray(image, dtype=np.float32)
-    return ((values - np.float32(pixels.mean)) / np.float32(pixels.std)).transpose(2, 0, 1)
+def make_shards(folder: Path) -> list[Path]:
+    """Tars of enlarged pictures, as photographs of the web are stored."""
+    pictures = source_pictures()
+    paths = [folder / f"{number:05d}.tar" for number in range(NUM_SHARDS)]
+    for path in paths:
+        with webdataset.TarWriter(str(path)) as writer:
+            for key, content in islice(pictures, IMAGES_PER_SHARD):
+                image = Image.open(io.BytesIO(content)).convert("RGB").resize((STORED_SIZE, STORED_SIZE))
+                encoded = io.BytesIO()
+                image.save(encoded, "JPEG", quality=90)
+                writer.write({"__key__": f"{path.stem}-{key}", "jpg": encoded.getvalue()})
+    return paths
 
 
-def images_per_s(work: Callable[[], object]) -> float:
-    """Throughput of `work`, which handles one batch."""
-    began = time.perf_counter()
-    for _ in range(BATCHES):
-        work()
-    return BATCH * BATCHES / (time.perf_counter() - began)
+def source_pictures() -> Iterator[tuple[str, bytes]]:
+    """Keys and JPEGs of the demo."""
+    for source in SOURCES:
+        with tarfile.open(source) as archive:
+            for member in archive:
+                if member.name.endswith(".jpg") and (file := archive.extractfile(member)):
+                    yield Path(member.name).stem, file.read()
+
+
+def label_shards(shards: Path, folder: Path) -> tuple[ShardIndex, LabelStore]:
+    """The stages before training."""
+    index, embeddings, clusters, labels = (folder / name for name in ("index", "embeddings", "clusters", "labels"))
+    for words in (
+        ["index", "--shards", f"{shards}/*.tar", "--out", index],
+        ["embed", "--index", index, "--encoder", "pixels@8", "--out", embeddings],
+        ["cluster", "--embeddings", embeddings, "--num-centers", 16, "--out", clusters],
+        ["assign", "--embeddings", embeddings, "--clusters", clusters, "--out", labels],
+    ):
+        command = [sys.executable, "-m", "mlcd_ds", *map(str, words)]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    opened = ShardIndex(index)
+    return opened, LabelStore(labels, opened)
+
+
+def ours(index: ShardIndex, labels: LabelStore) -> Iterator[Tensor]:
+    """An epoch of the training loader's images."""
+    order = SampleOrder(index.counts, 1, shuffle_window=512, seed=0)
+    batch_slice = StreamSlice((0,), BATCH, 1)
+    pixels, augment = clip_pixels(SIZE), AugmentConfig()
+    loader = TrainLoader(index, labels, order, batch_slice, pixels, augment, torch.device("cpu"), WORKERS)
+    batches = loader.batches(0)
+    for batch in islice(batches, NUM_BATCHES):
+        yield batch.images_B3SS
+    batches.close()
+    loader.close()
+
+
+def augmented(image: Image.Image) -> Tensor:
+    """A random crop of 70 to 100 % of the area, resized, perhaps mirrored, normalised: fp32 [3, S, S]."""
+    width, height = image.size
+    area, aspect = random.uniform(0.7, 1.0) * width * height, random.uniform(0.8, 1.25)
+    wide, high = min(width, round((area * aspect) ** 0.5)), min(height, round((area / aspect) ** 0.5))
+    left, top = random.randint(0, width - wide), random.randint(0, height - high)
+    image = image.crop((left, top, left + wide, top + high)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    if random.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+    return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+
+
+def one_thread(_: int) -> None:
+    """As DataLoader's workers have it."""
+    torch.set_num_threads(1)
+
+
+def theirs(shards: list[Path]) -> Iterator[Tensor]:
+    """An epoch of webdataset with worker processes."""
+    data = webdataset.WebDataset([str(path) for path in shards], shardshuffle=NUM_SHARDS).shuffle(512).decode("pil")
+    data = data.to_tuple("jpg").map_tuple(augmented).batched(BATCH, partial=False)
+    for (images,) in webdataset.WebLoader(data, batch_size=None, num_workers=WORKERS, worker_init_fn=one_thread):
+        yield images
+
+
+def images_per_s(epoch: Iterable[Tensor]) -> float:
+    """Throughput after the first batch, with which processes and threads have started."""
+    batches = iter(epoch)
+    first = next(batches)
+    assert first.shape == (BATCH, 3, SIZE, SIZE)
+    began, count = time.perf_counter(), 0
+    for images in batches:
+        count += len(images)
+    return count / (time.perf_counter() - began)
 
 
 def main() -> None:
@@ -63,37 +137,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
-    images = read_images(BATCH)
-    boxes_B4, flips_B = random_boxes(
-        np.full((BATCH, 2), 128), np.arange(BATCH), epoch=0, seed=0, area=(0.4, 1.0), aspect=(0.75, 1.3333)
-    )
-    batch, pixels = EncodedBatch(images, boxes_B4, flips_B), clip_pixels(IMAGE_SIZE)
-    decoder = ImageDecoder(BATCH, pixels, torch.device("cpu"), THREADS)
-
-    def dali() -> None:
-        decoder.push(batch)
-        decoder.pop()
-
-    with ThreadPoolExecutor(THREADS) as pool:
-
-        def plain() -> None:
-            one = [pool.submit(plain_image, images[i], boxes_B4[i], bool(flips_B[i]), pixels) for i in range(BATCH)]
-            torch.from_numpy(np.stack([future.result() for future in one]))
-
-        dali(), plain()  # warm up
-        rounds = [(images_per_s(dali), images_per_s(plain)) for _ in range(ROUNDS)]
-    ratios = [fast / slow for fast, slow in rounds]
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        shards = Path(name) / "shards"
+        shards.mkdir()
+        paths = make_shards(shards)
+        index, labels = label_shards(shards, Path(name))
+        rounds = [(images_per_s(ours(index, labels)), images_per_s(theirs(paths))) for _ in range(ROUNDS)]
+    ratios = [mine / other for mine, other in rounds]
     result = {
-        "throughput_ratio_vs_plain": statistics.median(ratios),
+        "throughput_ratio_vs_webdataset": statistics.median(ratios),
         "ratios": ratios,
+        "images_per_s": [[round(value) for value in pair] for pair in rounds],
         "batch": BATCH,
-        "threads": THREADS,
+        "workers": WORKERS,
+        "commit": git_commit(),
         "versions": library_versions(),
     }
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    sys.stdout.write(f"DALI over plain: {result['throughput_ratio_vs_plain']:.2f} x images/s ({min(ratios):.2f}")
-    sys.stdout.write(f" - {max(ratios):.2f} in {ROUNDS} rounds)\n")
+    sys.stdout.write(f"ours over webdataset: {result['throughput_ratio_vs_webdataset']:.2f} x images/s ")
+    sys.stdout.write(f"({min(ratios):.2f} - {max(ratios):.2f} in {ROUNDS} rounds)\n")
 
 
 if __name__ == "__main__":

@@ -97,11 +97,14 @@ def show(out: Path, reports: dict[str, dict], minutes: float) -> None:
     lines = [f"\n{'features':12}{'kNN':>8}{'linear probe':>22}", "-" * 42]
     for name, report in reports.items():
         probe = f"{100 * report['linear_probe']:.1f} +- {100 * report['linear_probe_se']:.1f}"
-        lines.append(f"{name:12}{100 * report['knn']:>8.1f}{probe:>22}")
+        note = "" if report["converged"] else "  (not converged)"
+        lines.append(f"{name:12}{100 * report['knn']:>8.1f}{probe:>22}{note}")
     test = next(iter(reports.values()))
     lines += [
         f"top-1 in %, {len(classes)} classes, {test['num_train']} labelled images to learn from, "
         f"{test['num_test']} held out; {minutes:.1f} minutes",
+        f"linear probe: mean of {len(test['linear_probe_by_split'])} validation splits +- one standard error, of test "
+        "images and splits",
         f"\nreport      {out / 'report.json'}, plot {out / 'report.png'}",
         f"clusters    {out / 'labels/report.html'}: sizes, pictures, agreement with the classes",
         f"confusions  {out / 'evaluation'}/*/confusion.png",

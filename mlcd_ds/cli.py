@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+
+from mlcd_ds.errors import EXIT_INTERRUPTED, INTERRUPTED
 
 STAGES = {
     "index": "find the usable images of WebDataset shards",
@@ -26,6 +29,11 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write("\n".join(lines) + "\n")
         return 0 if argv else 2
     if argv[0] not in STAGES:
-        sys.stderr.write(f"mlcd: no stage {argv[0]!r}; there are {', '.join(STAGES)}\n")
+        sys.stderr.write(f"mlcd: error: no stage {argv[0][:100]!r}; there are {', '.join(STAGES)}\n")
         return 2
-    return importlib.import_module(f"mlcd_ds.stages.{argv[0]}").main(argv[1:])
+    try:
+        return importlib.import_module(f"mlcd_ds.stages.{argv[0]}").main(argv[1:])
+    except KeyboardInterrupt:  # while importing, which takes seconds; later ones are the stage's
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            sys.stderr.write(INTERRUPTED + "\n")
+        return EXIT_INTERRUPTED

@@ -9,33 +9,39 @@ from __future__ import annotations
 import difflib
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from mlcd_ds.artefacts.typed import Frozen, first_problem
+from mlcd_ds.artefacts.readers import parse_yaml, read_yaml
+from mlcd_ds.artefacts.typed import MAX_THREADS, FilePath, Frozen, first_problem, shown
 from mlcd_ds.data.loader import AugmentConfig
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.partial_fc import HeadConfig
 from mlcd_ds.models.vit import ViTConfig
 from mlcd_ds.objectives.class_losses import ObjectiveConfig
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
 
 class DataConfig(Frozen):
     """Where images and labels come from, and in which order."""
 
-    index: Path | None = Field(None, description="folder of `mlcd index`")
-    labels: Path | None = Field(None, description="folder of `mlcd assign`")
-    clusters: Path | None = Field(None, description="folder of `mlcd cluster`; head.init=centers reads it")
+    index: FilePath | None = Field(None, description="folder of `mlcd index`")
+    labels: FilePath | None = Field(None, description="folder of `mlcd assign`")
+    clusters: FilePath | None = Field(None, description="folder of `mlcd cluster`; head.init=centers reads it")
     augment: AugmentConfig = AugmentConfig()
-    knn_index: Path | None = Field(None, description="folder of `mlcd index` with labelled images, for train.knn_every")
+    knn_index: FilePath | None = Field(
+        None, description="folder of `mlcd index` with labelled images, for train.knn_every"
+    )
     knn_label_key: str = Field("label", description="key of the whole number in their .json; null is no label")
     num_streams: int = Field(4, ge=1, description="equal parts of the global batch; ranks must divide it")
-    shuffle_window: int = Field(8192, ge=1, description="samples of a stream that are shuffled among each other")
-    num_threads: int = Field(2, ge=1, description="decoding threads of a rank")
+    shuffle_window: int = Field(
+        8192, ge=1, le=10**8, description="samples of a stream that are shuffled among each other"
+    )
+    num_threads: int = Field(2, ge=1, le=MAX_THREADS, description="decoding threads of a rank")
 
 
 class OptimizerConfig(Frozen):
@@ -48,7 +54,7 @@ class OptimizerConfig(Frozen):
     muon_momentum: float = Field(0.95, ge=0, lt=1, description="of Muon")
     lr: float = Field(gt=0, description="peak learning rate")
     weight_decay: float = Field(0.2, ge=0, description="on matrices only (paper: 0.2)")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay rates (not published)")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.98), description="AdamW's decay rates (not published)")
     eps: float = Field(1e-6, gt=0, description="AdamW's epsilon (not published)")
     warmup_steps: int = Field(2000, ge=0, description="linear warm-up (paper: 2,000)")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up (not published)")
@@ -66,19 +72,21 @@ class PhaseConfig(Frozen):
     """A first part of a run with other images. A null value inherits the run's."""
 
     until: int = Field(ge=1, description="the phase ends after this many steps of the run")
-    image_size: int | None = Field(None, ge=1, description="pixels; model.image_size comes after the last phase")
+    image_size: int | None = Field(
+        None, ge=1, le=4096, description="pixels; model.image_size comes after the last phase"
+    )
     token_drop: float | None = Field(None, ge=0, lt=1, description="part of the patches left out")
 
 
 class TrainConfig(Frozen):
     """Length, batch, precision and book-keeping of a run."""
 
-    out: Path = Field(Path("runs/train"), description="folder of the run")
-    init_from: Path | None = Field(
+    out: FilePath = Field(Path("runs/train"), description="folder of the run")
+    init_from: FilePath | None = Field(
         None, description="Hugging Face folder whose backbone the run starts from (CLIP, MLCD, or `mlcd export`'s)"
     )
-    steps: int = Field(ge=1, description="optimizer steps")
-    global_batch: int = Field(ge=1, description="images a step, over all ranks")
+    steps: int = Field(ge=1, le=10**9, description="optimizer steps")
+    global_batch: int = Field(ge=1, le=2**20, description="images a step, over all ranks")
     micro_batch_per_rank: int | None = Field(None, ge=1, description="images a forward pass; null: all of a rank")
     drop_path: float = Field(0.0, ge=0, lt=1, description="chance that an image skips a branch of the last block")
     token_drop: float = Field(0.0, ge=0, lt=1, description="part of an image's patches left out, drawn each time")
@@ -176,12 +184,7 @@ def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.exists():
         raise UserError(f"--recipe {name!r}: no such file, and not one of {', '.join(recipe_names())}.")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a mapping with the keys {', '.join(Recipe.model_fields)}.")
+    content = read_yaml(path, f"A recipe has the keys {', '.join(Recipe.model_fields)}: correct it, or name another.")
     for override in overrides:
         apply_override(content, override)
     return parse_recipe(content, str(path))
@@ -190,7 +193,7 @@ def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
 def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
     """Validate a recipe's mapping; `where` names its origin in messages."""
     try:
-        return Recipe(**content)
+        return Recipe.model_validate(content)
     except ValidationError as error:
         hint = ""
         problem = error.errors()[0]
@@ -213,17 +216,14 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     """Set `a.b=value` (a YAML value) in a recipe's mapping; whether the key exists is checked with the rest."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"{override!r}: overrides are written key=value, such as train.steps=100.")
+        raise UserError(f"{shown(override)}: overrides are written key=value, such as train.steps=100.")
     *parents, last = key.split(".")
     place = content
     for parent in parents:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
-            raise UserError(f"{override!r}: {parent} is a value and has no keys below it.")
-    try:
-        place[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{override!r}: {text!r} is not a YAML value.") from None
+            raise UserError(f"{shown(override)}: {parent} is a value and has no keys below it.")
+    place[last] = parse_yaml(text, shown(override), "Give key=value with a YAML value.")
     if isinstance(place[last], str):
         try:  # YAML 1.1 takes 1e-3 for a word
             place[last] = float(text)

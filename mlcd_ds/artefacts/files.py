@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,7 +57,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> FileRecord:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}). Free the disk or choose another --out."
+            f"{path}: cannot be written ({error.strerror or error}). Free the disk or choose another --out."
         ) from None
     fsync_folder(path.parent)
     return record
@@ -70,6 +70,20 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, which may be gone already. UserError where that is not allowed."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be removed ({error.strerror}). Choose another --out.") from None
+
+
+def seal_of(content: Mapping[str, Any]) -> str:
+    """SHA-256 of all entries but "seal": the entry "seal" of a JSON file whose checksum stands nowhere else."""
+    rest = {key: value for key, value in content.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, content: Any) -> FileRecord:

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import reprlib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 12
+_SHORT.maxlevel = 3
 
 
 class Frozen(BaseModel):
-    """Base of every typed model: immutable, unknown keys are errors."""
+    """Base of every typed model: immutable, unknown keys are errors, numbers are finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def shown(value: Any) -> str:
+    """A value as messages quote it: `repr`, with the middle of long ones left out."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return f"a very long {type(value).__name__}"
 
 
 def first_problem(error: ValidationError) -> str:
     """The first entry of a pydantic error as `key: message`."""
     problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(str(part)[:100] for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message} (got {problem['input']!r})" if where else message
+    return f"{where}: {message} (got {shown(problem['input'])})" if where else message
+
+
+def _encodable(path: Path) -> Path:
+    try:
+        is_bad = b"\0" in str(path).encode()
+    except UnicodeEncodeError:
+        is_bad = True
+    if is_bad:
+        raise ValueError("no file can have this name: it is not UTF-8, or holds a zero byte")
+    return path
+
+
+FilePath = Annotated[Path, AfterValidator(_encodable)]
+# Beyond these, threads and memory run out in places that do not say why; no real run comes near.
+MAX_THREADS = 512
+MAX_BATCH = 2**16

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from pydantic import Field
 
-from mlcd_ds.artefacts.manifest import Manifest, check_file, read_manifest
+from mlcd_ds.artefacts.manifest import Manifest, output_array, read_manifest
 from mlcd_ds.clustering.assigner import Metric
 
 
@@ -16,9 +17,9 @@ class ClusterManifest(Manifest):
     `objective` is the mean similarity to the nearest centre, or the mean squared distance from it (`metric`).
     """
 
-    num_images: int
-    num_centers: int
-    dim: int
+    num_images: int = Field(ge=0)
+    num_centers: int = Field(ge=1)
+    dim: int = Field(ge=1)
     metric: Metric = "cosine"
     objective: tuple[float, ...]
     num_splits: tuple[int, ...]
@@ -32,5 +33,5 @@ class CenterStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder, ClusterManifest, "cluster")
-        path = check_file(folder, "centers.npy", self.manifest.files["centers.npy"], "cluster")
-        self.centers_CE: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        shape = (self.manifest.num_centers, self.manifest.dim)
+        self.centers_CE = output_array(folder, self.manifest, "centers.npy", np.float32, shape, mmap="r")

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlcd_ds.artefacts.manifest import Manifest, check_file, read_manifest
+from mlcd_ds.artefacts.manifest import Manifest, output_array, output_path, read_manifest, remake, shards_problem
+from mlcd_ds.artefacts.readers import read_array
 from mlcd_ds.clustering.row_sampling import Sample
 
 
@@ -23,6 +24,18 @@ class EmbeddingManifest(Manifest):
     num_images: int
     dim: int
     shards: list[tuple[str, int]]
+
+    def problem(self) -> str | None:
+        """Shards that do not add up, or an index that is not named."""
+        if "index" not in self.inputs:
+            return "it names no index as its input"
+        return shards_problem(self.shards, self.num_images, self.files, (".npy",))
+
+
+def embedding_rows(folder: Path, manifest: EmbeddingManifest, name: str, count: int) -> np.ndarray:
+    """fp16 [n, E] of one shard, memory-mapped, after its checksum was compared."""
+    # Mode "c" is private to this process: nothing is ever written back.
+    return output_array(folder, manifest, f"{name}.npy", np.float16, (count, manifest.dim), mmap="c")
 
 
 def slice_bounds(num_rows: int, num_parts: int, part: int) -> tuple[int, int]:
@@ -38,11 +51,12 @@ class Piece:
     begin: int
     end: int
     first_row: int
+    shape: tuple[int, int]  # of the whole file
 
     def rows(self) -> Tensor:
         """fp16 [N, E], memory-mapped. Opened on each use: a mapping holds a file descriptor, and shards are many."""
-        # Mode "c" is private to this process: nothing is ever written back.
-        return torch.from_numpy(np.load(self.path, mmap_mode="c", allow_pickle=False)[self.begin : self.end])
+        fix = remake("embed", self.path.parent)
+        return torch.from_numpy(read_array(self.path, fix, np.float16, self.shape, mmap="c")[self.begin : self.end])
 
 
 class EmbeddingStore:
@@ -62,8 +76,8 @@ class EmbeddingStore:
         for name, count in self.manifest.shards:
             begin, end = max(self.begin, first), min(self.end, first + count)
             if begin < end:
-                path = check_file(self.folder, f"{name}.npy", self.manifest.files[f"{name}.npy"], "embed")
-                yield Piece(path, begin - first, end - first, begin)
+                path = output_path(self.folder, self.manifest, f"{name}.npy")
+                yield Piece(path, begin - first, end - first, begin, (count, self.dim))
             first += count
 
     def blocks(self, block_rows: int, sample: Sample | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -107,7 +121,7 @@ class EmbeddingStore:
         if self._everything is None:
             first, pieces = 0, []
             for name, count in self.manifest.shards:
-                pieces.append(Piece(self.folder / f"{name}.npy", 0, count, first))
+                pieces.append(Piece(self.folder / f"{name}.npy", 0, count, first, (count, self.dim)))
                 first += count
             self._everything = pieces, np.array([piece.first_row for piece in pieces])
         pieces, firsts = self._everything

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
 from mlcd_ds.artefacts.files import write_atomic
+from mlcd_ds.artefacts.readers import decoding, read_bytes
 from mlcd_ds.clustering.kmeans import Clustering, Iteration
-from mlcd_ds.errors import UserError
 
 STATE_NAME = "state.safetensors"
 
@@ -49,19 +48,17 @@ def load_state(path: Path, key: str) -> Clustering | None:
     """The saved state of this very clustering, or None. Raises UserError when the file is damaged."""
     if not path.exists():
         return None
-    content = path.read_bytes()
-    try:
+    fix = "Pass --overwrite to begin from the first iteration."
+    content = read_bytes(path, fix)
+    with decoding(f"{path} is damaged: it", fix):
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata = header["__metadata__"]
         if metadata["key"] != key:
             return None
         arrays = load_tensors(content)
         history = tuple(Iteration(**entry) for entry in json.loads(metadata["history"]))
-        is_whole = _digest(arrays, {"key": key, "history": metadata["history"]}) == metadata["sha256"]
-    except (ValueError, KeyError, TypeError, SafetensorError):
-        is_whole = False
-    if not is_whole:
-        raise UserError(f"{path} is damaged. Pass --overwrite to begin from the first iteration.")
+        if _digest(arrays, {"key": key, "history": metadata["history"]}) != metadata["sha256"]:
+            raise ValueError("its checksum is another than when it was written")
     return Clustering(torch.from_numpy(arrays["centers"]), arrays["counts"], history)
 
 

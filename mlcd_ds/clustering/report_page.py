@@ -24,10 +24,13 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def thumbnail(encoded: bytes) -> str:
-    """A small JPEG of an image, as a data URI."""
+    """A small JPEG of an image, as a data URI; a grey one where Pillow cannot decode what DALI can."""
     from PIL import Image
 
-    image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    try:
+        image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    except Exception:  # Pillow raises many kinds
+        image = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "grey")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=QUALITY)

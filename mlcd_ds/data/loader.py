@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mlcd_ds.artefacts.typed import Frozen
@@ -35,6 +35,15 @@ class AugmentConfig(Frozen):
     flip: bool = Field(True, description="mirror half of the images")
     color_jitter: float = Field(0.0, ge=0, lt=1, description="brightness, contrast and saturation change by up to this")
     hue_jitter: float = Field(0.0, ge=0, le=180, description="the hue turns by up to this, degrees")
+
+    @model_validator(mode="after")
+    def _check_crops(self) -> AugmentConfig:
+        for name, (least, most), limit in (("crop_area", self.crop_area, 1), ("crop_aspect", self.crop_aspect, 100)):
+            if not 0 < least <= most <= limit:
+                raise ValueError(
+                    f"{name} is [{least}, {most}]: give the smaller number first, both above 0 and up to {limit}"
+                )
+        return self
 
     @property
     def changes_colors(self) -> bool:
@@ -121,7 +130,7 @@ class TrainLoader:
         )
         self.wait_s = 0.0
 
-    def batches(self, first_step: int) -> Iterator[LabelledBatch]:
+    def batches(self, first_step: int) -> Generator[LabelledBatch, None, None]:
         """Micro-batches of steps `first_step`, `first_step + 1`, ... in order.
 
         Files are read by one background thread, images decoded by DALI's threads, both ahead of the consumer.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 
+from mlcd_ds.artefacts.readers import parse_json
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
 from mlcd_ds.errors import UserError
+
+FIX = "Mend the shard and index it again."
+MAX_CLASSES = 1_000_000  # a larger number is an id, not a class
 
 
 def shard_labels(index: ShardIndex, shard: int, key: str) -> np.ndarray:
@@ -18,14 +20,19 @@ def shard_labels(index: ShardIndex, shard: int, key: str) -> np.ndarray:
         for row, sample_key in enumerate(samples.keys):
             where = f"{index.shards[shard].path}, key {sample_key}"
             text = reader.read(shard, samples.metadata, row)
-            try:
-                value = json.loads(text).get(key) if text else None
-            except (ValueError, AttributeError):
-                raise UserError(f"{where}: its .json member is not a JSON object.") from None
+            content = (
+                parse_json(text, f"{where}: its .json member", "Mend the shard and index it again.") if text else {}
+            )
+            if not isinstance(content, dict):
+                raise UserError(f"{where}: its .json member is not a JSON object. Mend the shard and index it again.")
+            value = content.get(key)
             if value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise UserError(f"{where}: {key!r} is {value!r}, not a class number. Name another --label-key.")
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_CLASSES:
+                raise UserError(
+                    f"{where}: {key!r} is {str(value)[:50]!r}, not a class number from 0 to {MAX_CLASSES - 1}. Name "
+                    "another --label-key."
+                )
             labels_N[row] = value
     finally:
         reader.close()

@@ -1,8 +1,9 @@
 """The index of a set of WebDataset shards: which samples there are, and where their members lie in the tars.
 
 `mlcd index` writes, per shard, a DALI index (`NAME.idx`, version 1.2: one line a sample, `ext offset bytes name` for
-each member) and the pixel sizes of the images (`NAME.sizes.npy`). Samples that cannot be used are in neither. The row
-of a sample in these files is its identity: embeddings and labels are stored in the same order.
+each member), the pixel sizes of the images (`NAME.sizes.npy`) and the CRC-32 of what is read later (`NAME.crc32.npy`:
+image, caption, metadata). Samples that cannot be used are in none. The row of a sample in these files is its identity:
+embeddings and labels are stored in the same order.
 """
 
 from __future__ import annotations
@@ -10,12 +11,22 @@ from __future__ import annotations
 import functools
 import os
 import tarfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mlcd_ds.artefacts.manifest import Manifest, check_file, read_manifest
+from mlcd_ds.artefacts.manifest import (
+    Manifest,
+    output_array,
+    output_path,
+    output_record,
+    read_manifest,
+    remake,
+    shards_problem,
+)
+from mlcd_ds.artefacts.readers import decoding, read_bytes
 from mlcd_ds.artefacts.typed import Frozen
 from mlcd_ds.errors import UserError
 
@@ -34,6 +45,9 @@ class ShardEntry(Frozen):
     num_images: int
 
 
+ENDINGS = (".idx", ".sizes.npy", ".crc32.npy")  # of a shard's files
+
+
 class IndexManifest(Manifest):
     """Manifest of `mlcd index`. `dropped` counts the samples left out, per reason."""
 
@@ -42,13 +56,19 @@ class IndexManifest(Manifest):
     num_captions: int
     dropped: dict[str, int]
 
+    def problem(self) -> str | None:
+        """Shards that do not add up."""
+        shards = [(shard.name, shard.num_images) for shard in self.shards]
+        return shards_problem(shards, self.num_images, self.files, ENDINGS)
+
 
 @dataclass(frozen=True)
 class Span:
-    """Byte ranges of one kind of member, a row a sample: offset in the tar, size; offset -1 where there is none."""
+    """One kind of member, a row a sample: offset in the tar, size, CRC-32; offset -1 where there is none."""
 
     offset_N: np.ndarray
     bytes_N: np.ndarray
+    crc_N: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -79,19 +99,26 @@ class ShardSamples:
     sizes_N2: np.ndarray
 
 
-def parse_idx(path: Path) -> tuple[list[str], Span, Span, Span]:
-    """Read a `.idx`: keys and the spans of images, captions (.txt) and metadata (.json)."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+def member_kind(extension: str) -> int | None:
+    """0 for an image, 1 for a caption, 2 for metadata, None for what is never read."""
+    return 0 if extension in IMAGE_EXTENSIONS else {"txt": 1, "json": 2}.get(extension)
+
+
+def parse_idx(content: bytes, crc_N3: np.ndarray) -> tuple[list[str], Span, Span, Span]:
+    """Read a `.idx`: keys and the spans of images, captions (.txt) and metadata (.json). ValueError: it is damaged."""
+    header, *lines = content.decode().splitlines()
+    if header != f"{IDX_VERSION} {len(lines)}" or len(lines) != len(crc_N3):
+        raise ValueError(f"it has {len(lines)} lines and says {header[:50]!r}, the manifest {len(crc_N3)} samples")
     keys: list[str] = []
-    rows = np.full((3, len(lines) - 1, 2), -1, dtype=np.int64)
-    for row, line in enumerate(lines[1:]):
+    rows = np.full((3, len(lines), 2), -1, dtype=np.int64)
+    for row, line in enumerate(lines):
         members = parse_line(line)
         for member in members:
-            which = 0 if member.extension in IMAGE_EXTENSIONS else {"txt": 1, "json": 2}.get(member.extension)
-            if which is not None and rows[which, row, 0] < 0:  # of several images the first, as `mlcd index` measured
-                rows[which, row] = member.offset, member.bytes
+            kind = member_kind(member.extension)
+            if kind is not None and rows[kind, row, 0] < 0:  # of several images the first, as `mlcd index` measured
+                rows[kind, row] = member.offset, member.bytes
         keys.append(split_name(members[0].name)[0])
-    image, caption, metadata = (Span(r[:, 0], r[:, 1]) for r in rows)
+    image, caption, metadata = (Span(rows[kind, :, 0], rows[kind, :, 1], crc_N3[:, kind]) for kind in range(3))
     return keys, image, caption, metadata
 
 
@@ -109,21 +136,27 @@ def parse_line(line: str) -> list[Member]:
 
 
 def outer_images(path: Path) -> list[Member]:
-    """The images of the first and of the last sample in a `.idx`, read from its ends; none when it has no sample."""
+    """The images of the first and of the last sample in a `.idx`, read from its ends; none when it has no sample.
+
+    ValueError: it is damaged.
+    """
     with open(path, "rb") as file:
         file.readline()
         first = file.readline()
         if not first:
             return []
         size = os.fstat(file.fileno()).st_size
-        window = len(first)
-        while True:  # the last line is about as long as the first
+        window, tail = len(first), b""
+        while b"\n" not in tail and window < size:  # the last line is about as long as the first
             window = min(2 * window, size)
             tail = os.pread(file.fileno(), window, size - window).rstrip(b"\n")
-            if b"\n" in tail:
-                break
-    samples = [parse_line(line.decode()) for line in (first.rstrip(b"\n"), tail.rsplit(b"\n", 1)[1])]
-    return [next(member for member in sample if member.extension in IMAGE_EXTENSIONS) for sample in samples]
+    images = []
+    for line in (first.rstrip(b"\n"), tail.rpartition(b"\n")[2]):
+        found = [member for member in parse_line(line.decode()) if member_kind(member.extension) == 0]
+        if not found or found[0].offset < TAR_BLOCK:
+            raise ValueError(f"no image in {line[:80]!r}")
+        images.append(found[0])
+    return images
 
 
 def has_member(descriptor: int, member: Member) -> bool:
@@ -150,11 +183,14 @@ class ShardIndex:
         self.samples = functools.lru_cache(maxsize=512)(self._read_samples)
 
     def _read_samples(self, shard: int) -> ShardSamples:
-        entry, files = self.shards[shard], self.manifest.files
-        idx_name, sizes_name = f"{entry.name}.idx", f"{entry.name}.sizes.npy"
-        idx_path = check_file(self.folder, idx_name, files[idx_name], "index")
-        sizes_N2 = np.load(check_file(self.folder, sizes_name, files[sizes_name], "index"), allow_pickle=False)
-        return ShardSamples(*parse_idx(idx_path), sizes_N2)
+        entry = self.shards[shard]
+        name, count = entry.name, entry.num_images
+        sizes_N2 = output_array(self.folder, self.manifest, f"{name}.sizes.npy", np.int32, (count, 2))
+        crc_N3 = output_array(self.folder, self.manifest, f"{name}.crc32.npy", np.uint32, (count, 3))
+        record, fix = output_record(self.folder, self.manifest, f"{name}.idx"), remake("index", self.folder)
+        content = read_bytes(self.folder / f"{name}.idx", fix, record)
+        with decoding(self.folder / f"{name}.idx", fix):
+            return ShardSamples(*parse_idx(content, crc_N3), sizes_N2)
 
     def check_shards(self, rank: int = 0, num_ranks: int = 1) -> None:
         """Compare tars with the index: their sizes, and the headers of the first and the last indexed image.
@@ -162,32 +198,32 @@ class ShardIndex:
         Each rank looks at its share. UserError names the first tar that is missing or was changed.
         """
         for entry in self.shards[rank::num_ranks]:
-            if not entry.path.exists():
-                raise UserError(
-                    f"{entry.path} is missing, though {self.folder} indexes it. Put it back or index again."
-                )
             fix = f"it was changed since. Run `mlcd index --overwrite --out {self.folder}` and the stages after it."
-            if entry.path.stat().st_size != entry.bytes:
-                raise UserError(
-                    f"{entry.path} has {entry.path.stat().st_size} bytes, {self.folder} indexed {entry.bytes}: {fix}"
-                )
-            with open(entry.path, "rb") as file:
-                for member in self._outer_images(entry):
-                    if not has_member(file.fileno(), member):
-                        raise UserError(f"{entry.path} has no {member.name} at byte {member.offset}, as indexed: {fix}")
+            with decoding(entry.path, f"{self.folder} indexes it: put it back or index again."):
+                size = entry.path.stat().st_size
+            if size != entry.bytes:
+                raise UserError(f"{entry.path} has {size} bytes, {self.folder} indexed {entry.bytes}: {fix}")
+            members = self._outer_images(entry)
+            with decoding(entry.path, "Let it be read, or index again."), open(entry.path, "rb") as file:
+                lost = next((member for member in members if not has_member(file.fileno(), member)), None)
+            if lost:
+                raise UserError(f"{entry.path} has no {lost.name} at byte {lost.offset}, as indexed: {fix}")
 
     def _outer_images(self, entry: ShardEntry) -> list[Member]:
         """As `outer_images`; a damaged index is a UserError. It is not worth a checksum unless it looks wrong."""
         name = f"{entry.name}.idx"
         try:
             return outer_images(self.folder / name)
-        except (OSError, ValueError):
-            check_file(self.folder, name, self.manifest.files[name], "index")
-            raise
+        except (OSError, ValueError) as error:
+            path = output_path(self.folder, self.manifest, name)
+            raise UserError(f"{path} is no index: {error}. {remake('index', self.folder)}") from None
 
 
 class ShardReader:
-    """Reads members of the tars by offset; keeps `max_open` tars open. Not shared between threads."""
+    """Reads members of the tars by offset; keeps `max_open` tars open. Not shared between threads.
+
+    What is read is compared with the CRC-32 of the index: UserError where a shard was changed since.
+    """
 
     def __init__(self, index: ShardIndex, max_open: int = 256) -> None:
         self._index = index
@@ -199,11 +235,14 @@ class ShardReader:
         offset, size = int(span.offset_N[row]), int(span.bytes_N[row])
         if offset < 0:
             return b""
-        content = os.pread(self._descriptor(shard), size, offset)
-        if len(content) != size:
+        path = self._index.shards[shard].path
+        with decoding(path, "Put it back, or index the shards again."):
+            content = os.pread(self._descriptor(shard), size, offset)
+        if len(content) != size or zlib.crc32(content) != span.crc_N[row]:
             raise UserError(
-                f"{self._index.shards[shard].path}: {len(content)} of {size} bytes could be read at offset {offset}: "
-                f"the shard was changed after it was indexed. Index it again."
+                f"{path}: the {size} bytes at offset {offset}, key {self._index.samples(shard).keys[row]}, are not "
+                f"those that were indexed: the shard was changed. Run `mlcd index --overwrite --out "
+                f"{self._index.folder}` and the stages after it."
             )
         return content
 

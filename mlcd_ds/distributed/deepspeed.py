@@ -42,10 +42,11 @@ def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config
     # On CPUs DeepSpeed would compile a shared-memory all-reduce for inference and map 69 MB a rank of /dev/shm for it,
     # which a killed process leaves behind. Training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    mpu = None
+    mpu: Any = None
     if (size := config.get("tensor_parallel", {}).get("autotp_size", 1)) > 1:
-        from deepspeed.utils import groups as mpu
+        from deepspeed.utils import groups
 
+        mpu = groups
         deepspeed.init_distributed(dist_init_required=False)
         mpu._init_tp_mesh_device(tensor_model_parallel_size=size)  # or the batch would be shared over all ranks
     for group in optimizer.param_groups:

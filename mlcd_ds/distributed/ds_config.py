@@ -1,29 +1,24 @@
-"""The DeepSpeed file: checked, and filled from the recipe.
-
-DeepSpeed accepts unknown top-level keys in silence (`zero_optimisation` runs at stage 0), so they are checked here.
-"""
+"""The DeepSpeed file: read, checked (ds_sections.py says what may stand in it), and filled from the recipe."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from mlcd_ds.artefacts.typed import first_problem
+from mlcd_ds.artefacts.readers import read_json_object
+from mlcd_ds.artefacts.typed import shown
+from mlcd_ds.distributed.ds_sections import check_file, validated
 from mlcd_ds.errors import UserError
 
-# What may stand at the top of a ds_configs file. Optimizer and schedule belong to the recipe.
-KNOWN_KEYS = frozenset(
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping fp16 bf16 "
-    "zero_optimization zero_allow_untested_optimizer communication_data_type prescale_gradients "
-    "gradient_predivide_factor data_types steps_per_print wall_clock_breakdown memory_breakdown comms_logger "
-    "flops_profiler activation_checkpointing tensor_parallel compile torch_autocast dump_state "
-    "disable_allgather aio graph_harvesting".split()
-)
+MAX_BUCKET = 10**10  # elements of a ZeRO buffer; in 16 bits that is 20 GB
+
 ELSEWHERE = {
     "optimizer": "the recipe's optimizer section",
     "scheduler": "the recipe's optimizer section",
@@ -34,18 +29,15 @@ UNCHECKED = "without it a gradient that is not finite would spoil the weights"
 
 def read_ds_config(path: Path) -> dict[str, Any]:
     """Read a ds_configs file; UserError names unknown keys and those that belong elsewhere."""
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"--deepspeed_config {path}: no such file (ours are in ds_configs/).") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"--deepspeed_config {path} is not valid JSON: {error}.") from None
-    _check_section(config, path, "the file")
+    if not path.exists():
+        raise UserError(f"--deepspeed_config {path}: no such file (ours are in ds_configs/).")
+    config = read_json_object(path, "Correct it, or give another --deepspeed_config (ours are in ds_configs/).")
     for key in config:
         if key in ELSEWHERE:
             raise UserError(f"{path}: {key!r} is not set here: {ELSEWHERE[key]}.")
-        if key not in KNOWN_KEYS:
-            raise UserError(f"{path}: unknown key {key!r}. Known: {', '.join(sorted(KNOWN_KEYS))}.")
+    choose_accelerator()
+    check_file(config, path)
+    _refuse_auto(config.get("zero_optimization"), path, "zero_optimization")
     return config
 
 
@@ -63,15 +55,33 @@ def fill_ds_config(config: dict[str, Any], path: Path, values: dict[str, Any]) -
             _check_section(place, path, parent)
         stated = place.get(last, "auto")
         if stated != "auto" and stated != value:
-            raise UserError(f'{path}: {dotted} is {stated}, but {source} makes it {value}. Write "auto" or change one.')
+            raise UserError(
+                f'{path}: {dotted} is {shown(stated)}, but {source} makes it {value}. Write "auto" or change one.'
+            )
         place[last] = value
     _refuse_auto(filled, path, "")
     return filled
 
 
+def check_filled_config(config: dict[str, Any], path: Path) -> None:
+    """Let DeepSpeed check a filled config as a whole: settings that exclude each other, or need another device."""
+    choose_accelerator()
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    deepspeed.logger.setLevel(logging.WARNING)
+    # As for one rank: whether batch sizes and ranks agree is checked by the layout.
+    one_rank = SimpleNamespace(get_data_parallel_world_size=lambda: 1)
+    batch = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+    try:
+        DeepSpeedConfig({**json.loads(json.dumps(config)), "train_batch_size": batch}, mpu=one_rank)
+    except Exception as error:  # assertions, errors of its own, and whatever its getters stumble over
+        raise UserError(f"{path}: DeepSpeed refuses this file: {error or type(error).__name__}.") from None
+
+
 def _check_section(value: Any, path: Path, name: str) -> None:
     if not isinstance(value, dict):
-        raise UserError(f"{path}: {name} must be a mapping of keys in braces, not {value!r}.")
+        raise UserError(f"{path}: {name} must be a mapping of keys in braces, not {shown(value)}.")
 
 
 def _refuse_auto(value: Any, path: Path, key: str) -> None:
@@ -113,14 +123,11 @@ def zero_buffers(config: dict[str, Any], path: Path) -> ZeroBuffers:
 def _zero_section(config: dict[str, Any], path: Path) -> Any:
     choose_accelerator()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
 
-    section = config.get("zero_optimization", {})
-    _check_section(section, path, "zero_optimization")
-    try:
-        checked = DeepSpeedZeroConfig(**section)
-    except ValidationError as error:
-        raise UserError(f"{path}: zero_optimization: {first_problem(error)}.") from None
+    checked = validated(DeepSpeedZeroConfig, config.get("zero_optimization", {}), path, "zero_optimization")
+    for key in ("reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size"):
+        if getattr(checked, key) > MAX_BUCKET:
+            raise UserError(f"{path}: zero_optimization.{key} is more than {MAX_BUCKET:,} elements: lower it.")
     if not checked.compute_grad_norm:
         raise UserError(f"{path}: zero_optimization.compute_grad_norm: {UNCHECKED}: leave it out.")
     if checked.round_robin_gradients:  # DeepSpeed 0.19 then returns the wrong parameters' weights
@@ -154,5 +161,5 @@ def tensor_parallel_size(config: dict[str, Any], path: Path) -> int:
         raise UserError(f"{path}: tensor_parallel.{other[0]} is not set here: only autotp_size is.")
     size = section.get("autotp_size", 1)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise UserError(f"{path}: tensor_parallel.autotp_size is {size!r}: it must be a whole number from 1 on.")
+        raise UserError(f"{path}: tensor_parallel.autotp_size is {shown(size)}: it must be a whole number from 1 on.")
     return size

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlcd_ds.artefacts.manifest import check_outputs
 from mlcd_ds.encoders.base import Encoder
 from mlcd_ds.encoders.efficientnet import efficientnet_lite0
 from mlcd_ds.encoders.huggingface import hugging_face
@@ -40,6 +41,7 @@ def load_encoder(specification: str) -> Encoder:
     if weights == "ema" and not (folder / "config.yaml").exists():
         raise UserError(f"encoder {specification!r}: {folder} is not the folder of a training run (no config.yaml).")
     if (folder / "config.json").exists():
+        check_outputs(folder)  # of `mlcd export`, perhaps
         return hugging_face(folder, size)
     if (folder / "config.yaml").exists():
         return training_run(folder, size, weights)

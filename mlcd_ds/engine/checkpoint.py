@@ -9,16 +9,19 @@ previous checkpoint as it was.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mlcd_ds.artefacts.files import FileRecord, fsync_folder, record_of, write_json
+from mlcd_ds.artefacts.files import FileRecord, fsync_folder, record_of
 from mlcd_ds.artefacts.manifest import library_versions
+from mlcd_ds.artefacts.readers import check_record
 from mlcd_ds.config import Recipe
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.engine_state import EngineState
@@ -29,11 +32,15 @@ from mlcd_ds.engine.weights import (
     CHECKPOINTS,
     CheckpointManifest,
     checkpoint_folders,
+    older_checkpoint,
     read_checkpoint,
+    write_checkpoint_manifest,
 )
 from mlcd_ds.errors import UserError
-from mlcd_ds.heads.head_state import load_head, save_head
+from mlcd_ds.heads.head_state import head_files, load_head, save_head
 from mlcd_ds.heads.partial_fc import PartialFCHead
+
+logger = logging.getLogger("mlcd_ds")
 
 
 def git_commit() -> str | None:
@@ -134,7 +141,7 @@ class Checkpointer:
                 versions=library_versions(),
                 git_commit=self._git_commit,
             )
-            write_json(partial / CHECKPOINT_NAME, manifest.model_dump(mode="json"))
+            write_checkpoint_manifest(partial, manifest)
 
     def _records(self, folder: Path) -> dict[str, FileRecord]:
         """Flush and sum up all files, dealt over the ranks. Collective."""
@@ -156,6 +163,7 @@ class Checkpointer:
         if self._group.is_main:
             for partial in self._folder.glob(".step_*.partial"):  # of a run that was killed
                 shutil.rmtree(partial, ignore_errors=True)
+            self._set_incomplete_aside()
         folders = self._group.gather_objects(checkpoint_folders(self._recipe.train.out))[0]
         if not folders:
             return 0
@@ -166,6 +174,19 @@ class Checkpointer:
         load_training_state(folder, self._state, tensor_group, manifest)
         load_head(folder, self._head, self._head_optimizer)
         return manifest.step
+
+    def _set_incomplete_aside(self) -> None:
+        """Rename what is left of checkpoints without their checkpoint.json: they would stand where one is saved."""
+        for folder in sorted(self._folder.glob("step_*")):
+            if not (folder / CHECKPOINT_NAME).exists():
+                aside = folder.with_name(f"incomplete_{folder.name}_{time.time_ns()}")
+                try:
+                    os.rename(folder, aside)
+                except OSError as error:
+                    raise UserError(
+                        f"{folder} is incomplete and cannot be moved ({error.strerror}): remove it."
+                    ) from None
+                logger.warning("%s has no %s: it is set aside as %s", folder, CHECKPOINT_NAME, aside.name)
 
     def _check(self, folder: Path, manifest: CheckpointManifest) -> None:
         for role, fingerprint in self._inputs.items():
@@ -181,11 +202,17 @@ class Checkpointer:
         names = sorted(manifest.files)
         bad = [n for n in names[self._group.rank :: self._group.size] if not _is_whole(folder / n, manifest.files[n])]
         bad = [name for part in self._group.gather_objects(bad) for name in part]
+        # A head file that nobody listed would be read with the others.
+        bad += [path.name for path, _, _ in head_files(folder) if path.name not in manifest.files]
         if bad:
             raise UserError(
-                f"{folder / bad[0]} is missing or damaged. Remove {folder} to resume from an older checkpoint."
+                f"{folder / bad[0]} is missing, damaged, or of another checkpoint. {older_checkpoint(folder)}"
             )
 
 
 def _is_whole(path: Path, record: FileRecord) -> bool:
-    return path.exists() and record_of(path) == record
+    try:
+        check_record(path, record, "")
+    except UserError:
+        return False
+    return True

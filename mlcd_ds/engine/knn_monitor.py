@@ -42,7 +42,8 @@ class KnnMonitor:
         key = recipe.data.knn_label_key
         labels = {shard: shard_labels(index, shard, key) for shard in np.flatnonzero(index.counts).tolist()}
         self._places = [(shard, int(row)) for shard, part in labels.items() for row in np.flatnonzero(part >= 0)]
-        self._labels_N = torch.from_numpy(np.concatenate([part[part >= 0] for part in labels.values()])).to(device)
+        _, classes_N = np.unique(np.concatenate([part[part >= 0] for part in labels.values()]), return_inverse=True)
+        self._labels_N = torch.from_numpy(classes_N).to(device)
         if len(self._places) < 2:
             raise UserError(
                 f"data.knn_index {index.folder}: {len(self._places)} samples have a label under {key!r}: name another "

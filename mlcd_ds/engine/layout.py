@@ -46,6 +46,11 @@ def check_layout(recipe: Recipe, layout: Layout) -> None:
         )
     if size > 1 and recipe.train.compile:
         raise UserError("train.compile is not for tensor-parallel groups: DeepSpeed replaces the layers. Set it false.")
+    if layout.zero_stage == 3 and recipe.train.compile:
+        raise UserError(
+            "train.compile is not for ZeRO stage 3, which gathers and frees weights while a block runs: each would be "
+            "compiled anew. Set it false, or take stage 1 or 2."
+        )
 
 
 def plan_batches(recipe: Recipe, layout: Layout, rank: int) -> StreamSlice:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from mlcd_ds.artefacts.files import write_atomic
+from mlcd_ds.artefacts.readers import parse_json, read_bytes
 from mlcd_ds.data.crops import center_boxes
 from mlcd_ds.data.dali import EncodedBatch, ImageDecoder
 from mlcd_ds.data.label_store import LabelStore
@@ -43,11 +44,8 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = folder / METRICS_NAME
-        kept = []
-        if self._path.exists():
-            entries = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in entries if json.loads(line)["step"] <= first_step]
-        write_atomic(self._path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
+        kept = entries_until(self._path, first_step) if self._path.exists() else []
+        write_atomic(self._path, lambda file: file.write(b"".join(line + b"\n" for line in kept)))
         self._file = open(self._path, "ab", buffering=0)  # nothing is left for close() to fail on
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
@@ -57,7 +55,9 @@ class RunLog:
             entry = {name: value if math.isfinite(value) else None for name, value in values.items()}
             self._file.write(json.dumps({"step": step, **entry}).encode() + b"\n")
         except OSError as error:
-            raise UserError(f"{self._path} cannot be written ({error.strerror}). Free the disk, start again.") from None
+            raise UserError(
+                f"{self._path} cannot be written ({error.strerror or error}). Free the disk, start again."
+            ) from None
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
@@ -65,6 +65,20 @@ class RunLog:
         """Flush and close."""
         self._file.close()
         self.writer.close()
+
+
+def entries_until(path: Path, step: int) -> list[bytes]:
+    """Lines of a metrics.jsonl up to a step. The last line may be cut, as a kill leaves it; another is a UserError."""
+    *lines, _ = read_bytes(path, "Let it be read, or move it away.").split(b"\n")
+    kept = []
+    for number, line in enumerate(lines, 1):
+        where, fix = f"{path} line {number}", "Remove this line."
+        entry = parse_json(line, where, fix)
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise UserError(f"{where} names no step. {fix}")
+        if entry["step"] <= step:
+            kept.append(line)
+    return kept
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,8 @@ class Trainer:
             seed,
             device,
         )
-        self.head.init_weights(None if recipe.head.init == "normal" else self._own_centers(recipe.data.clusters))
+        clusters = recipe.data.clusters if recipe.head.init == "centers" else None
+        self.head.init_weights(self._own_centers(clusters) if clusters else None)
         self.head_optimizer = head_optimizer(self.head, recipe.optimizer)
         self.clock = StepClock(device)
         self.state = engine_state(self.engine)
@@ -118,7 +119,7 @@ class Trainer:
         classes = self.head.classes
         return torch.from_numpy(store.centers_CE[classes.begin : classes.end].copy())
 
-    def batches(self, first: int) -> Iterator[LabelledBatch]:
+    def batches(self, first: int) -> Generator[LabelledBatch, None, None]:
         """Micro-batches of the steps from `first` to the last, each phase at its resolution."""
         data, train = self.recipe.data, self.recipe.train
         order = SampleOrder(self.index.counts, data.num_streams, data.shuffle_window, train.seed)
@@ -135,7 +136,7 @@ class Trainer:
                     batch = next(batches)
                     self.clock.add_wait(loader.wait_s)
                     loader.wait_s = 0.0
-                    if self.batch_slice.num_shares > 1:
+                    if self.batch_slice.num_shares > 1 and self.head.groups.tensor:
                         waiting = time.perf_counter()
                         batch = batch.of_all(self.head.groups.tensor)
                         self.clock.add_wait(time.perf_counter() - waiting)

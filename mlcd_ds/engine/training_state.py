@@ -7,19 +7,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mlcd_ds.artefacts.readers import TensorFile, open_tensors
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.engine_state import AVERAGE, EngineState
 from mlcd_ds.engine.tensor_parallel import gather_full, local_shard
-from mlcd_ds.engine.weights import AVERAGE_NAME, BACKBONE_NAME, CheckpointManifest
+from mlcd_ds.engine.weights import AVERAGE_NAME, BACKBONE_NAME, CheckpointManifest, older_checkpoint
 from mlcd_ds.errors import UserError
 
 MOMENTS_NAME = re.compile(r"moments-\d+\.safetensors")
@@ -62,15 +61,19 @@ def load_training_state(
 ) -> None:
     """Restore a new engine from what any layout wrote. Collective. UserError names the file and what it lacks."""
 
-    def own(places: dict[str, Any], name: str, key: str) -> Tensor:
+    fix = older_checkpoint(folder)
+
+    def own(places: dict[str, TensorFile], name: str, key: str) -> Tensor:
         if key not in places:
-            raise UserError(f"{folder} holds no {key}. {_fix(folder)}")
-        return local_shard(name, places[key].get_tensor(key), tensor_group)
+            raise UserError(f"{folder} holds no {key}. {fix}")
+        return local_shard(name, places[key].tensor(key), tensor_group)
 
     num_updates = manifest.num_updates or 0
     state.begin(num_updates, manifest.loss_scale)
     names = [BACKBONE_NAME, *(name for name in manifest.files if MOMENTS_NAME.fullmatch(name))]
-    with open_tensors([folder / name for name in names]) as places:
+    with ExitStack() as stack:
+        files = [stack.enter_context(open_tensors(folder / name, fix)) for name in names]
+        places = {key: file for file in files for key in file.names}
         for name in state.names:
             state.set(name, own(places, name, name))
             for moment in state.moments(name) if num_updates else ():
@@ -78,25 +81,7 @@ def load_training_state(
     if state.has_average:
         state.begin_average()  # from these weights, where the run had no average before
         if AVERAGE_NAME in manifest.files:
-            with open_tensors([folder / AVERAGE_NAME]) as places:
+            with open_tensors(folder / AVERAGE_NAME, fix) as file:
                 for name in state.names:
-                    state.set(name, own(places, name, name), AVERAGE)
+                    state.set(name, own(dict.fromkeys(file.names, file), name, name), AVERAGE)
     state.finish()
-
-
-@contextmanager
-def open_tensors(paths: list[Path]) -> Iterator[dict[str, Any]]:
-    """For each tensor in safetensors files the open file that holds it."""
-    with ExitStack() as stack:
-        places: dict[str, Any] = {}
-        for path in paths:
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} cannot be read ({error}). {_fix(path.parent)}") from None
-            places |= dict.fromkeys(file.keys(), file)
-        yield places
-
-
-def _fix(folder: Path) -> str:
-    return f"Remove {folder} to resume from an older checkpoint."

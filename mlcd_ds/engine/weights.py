@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from mlcd_ds.artefacts.files import FileRecord
+from mlcd_ds.artefacts.files import FileRecord, seal_of, write_json
+from mlcd_ds.artefacts.manifest import check_outputs
+from mlcd_ds.artefacts.readers import check_size, decoding, read_json_object, read_tensors, read_yaml
 from mlcd_ds.artefacts.typed import Frozen, first_problem
 from mlcd_ds.config import Recipe, parse_recipe
 from mlcd_ds.errors import UserError
@@ -43,15 +41,41 @@ class CheckpointManifest(Frozen):
     files: dict[str, FileRecord]
     versions: dict[str, str]
     git_commit: str | None
+    seal: str | None = None  # none in those of earlier versions
+
+
+def write_checkpoint_manifest(folder: Path, manifest: CheckpointManifest) -> None:
+    """Write checkpoint.json with the checksum of its own content."""
+    content = manifest.model_dump(mode="json")
+    write_json(folder / CHECKPOINT_NAME, {**content, "seal": seal_of(content)})
+
+
+def older_checkpoint(folder: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    return f"Remove {folder} to go on from an older checkpoint."
 
 
 def read_checkpoint(folder: Path) -> CheckpointManifest:
     """The manifest of a checkpoint folder."""
-    path = folder / CHECKPOINT_NAME
+    path, fix = folder / CHECKPOINT_NAME, older_checkpoint(folder)
+    content = read_json_object(path, fix)
     try:
-        return CheckpointManifest.model_validate_json(path.read_bytes())
+        manifest = CheckpointManifest.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{path}: {first_problem(error)}. Remove {folder} to go on from an older checkpoint.") from None
+        raise UserError(f"{path}: {first_problem(error)}. {fix}") from None
+    if manifest.seal not in (None, seal_of(content)) or folder.name != f"step_{manifest.step:08d}":
+        raise UserError(f"{path} was changed after it was written. {fix}")
+    return manifest
+
+
+def missing_file(folder: Path, manifest: CheckpointManifest) -> Path | None:
+    """A file of a checkpoint that is missing or has another size; None when all are there."""
+    for name, record in manifest.files.items():
+        try:
+            check_size(folder / name, record, "")
+        except UserError:
+            return folder / name
+    return None
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
@@ -64,7 +88,8 @@ def read_run_recipe(run: Path) -> Recipe:
     path = run / CONFIG_NAME
     if not path.exists():
         raise UserError(f"{path} is not there: {run} is not the folder of a training run.")
-    return parse_recipe(yaml.safe_load(path.read_text()), str(path))
+    fix = "Put it back from a copy, or remove it: the same training command writes it again."
+    return parse_recipe(read_yaml(path, fix), str(path))
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -75,24 +100,27 @@ def newest_checkpoint(run: Path) -> Path:
     return folders[-1]
 
 
-def backbone_path(checkpoint: Path, weights: Weights) -> Path:
-    """The file of a checkpoint's weights, or of their moving average. UserError where the run keeps none."""
+def backbone_record(checkpoint: Path, weights: Weights) -> tuple[Path, FileRecord]:
+    """The file of a checkpoint's weights, or of their moving average, and its record. UserError where there is none."""
     path = checkpoint / (AVERAGE_NAME if weights == "ema" else BACKBONE_NAME)
-    if weights == "ema" and path.name not in read_checkpoint(checkpoint).files:
+    record = read_checkpoint(checkpoint).files.get(path.name)
+    if record is None and weights == "ema":
         raise UserError(f"{checkpoint} holds no {path.name}: the run has train.ema_decay null. Take --weights last.")
-    return path
+    if record is None:
+        raise UserError(f"{checkpoint / CHECKPOINT_NAME} lists no {path.name}. {older_checkpoint(checkpoint)}")
+    return path, record
 
 
 def load_backbone(checkpoint: Path, weights: Weights = "last") -> ViT:
     """The backbone of a checkpoint folder, in fp32 on the CPU; "ema": the moving average of its weights."""
-    path = backbone_path(checkpoint, weights)
-    recipe = parse_recipe(read_checkpoint(checkpoint).recipe, str(checkpoint / CHECKPOINT_NAME))
+    manifest, fix = read_checkpoint(checkpoint), older_checkpoint(checkpoint)
+    path, record = backbone_record(checkpoint, weights)
+    recipe = parse_recipe(manifest.recipe, str(checkpoint / CHECKPOINT_NAME))
     with torch.device("meta"):
         model = ViT(recipe.model)
-    try:
-        model.load_state_dict(load_file(path), assign=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be read ({error}). Remove {checkpoint} to use an older checkpoint.") from None
+    tensors = read_tensors(path, fix, record)
+    with decoding(path, fix):
+        model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
@@ -103,12 +131,12 @@ def load_released(folder: Path, model: ViT) -> list[str]:
     where that fits, else left as it was initialised. Returns what was done besides copying, in words. UserError names
     the folder and what does not fit.
     """
-    notes = []
-    try:
-        released = json.loads((folder / "config.json").read_text())
-        config, state = from_vision_model(load_file(folder / "model.safetensors"), released)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"train.init_from {folder} cannot be read: {error}") from None
+    notes, fix = [], "train.init_from takes a Hugging Face folder, such as `mlcd export` writes."
+    check_outputs(folder)
+    released = read_json_object(folder / "config.json", fix)
+    tensors = read_tensors(folder / "model.safetensors", fix)
+    with decoding(f"train.init_from {folder}", fix):
+        config, state = from_vision_model(tensors, released)
     own = ("image_size", "embed_dim", "num_registers")
     for key, value in model.config.model_dump(exclude=set(own)).items():
         if getattr(config, key) != value:
@@ -119,8 +147,8 @@ def load_released(folder: Path, model: ViT) -> list[str]:
     target = model.state_dict()
     projection = folder / "projection.safetensors"
     if projection.exists():
-        weight = load_file(projection)["projection.weight"]
-        if weight.shape == target["projection.weight"].shape:
+        weight = read_tensors(projection, fix).get("projection.weight")
+        if weight is not None and weight.shape == target["projection.weight"].shape:
             state["projection.weight"] = weight
     if model.config.num_registers:
         notes.append("the registers start at random")

@@ -1,6 +1,8 @@
-"""Linear probe on frozen features: logistic regression by L-BFGS, as in CLIP (Radford et al. 2021, A.3).
+"""Linear probe on frozen features: logistic regression whose L2 is chosen on validation splits, after CLIP's.
 
-Shapes: N training examples, M test examples, D feature channels, C classes.
+CLIP's (Radford et al. 2021, A.3) uses one split; here several are drawn, and the accuracy is their mean.
+
+Shapes: N training examples, M test examples, D feature channels, C classes, S splits.
 """
 
 from collections.abc import Callable
@@ -12,44 +14,41 @@ from torch import Tensor
 
 from mlcd_ds.evaluation.accuracy import bootstrap_standard_error, confusion_matrix, per_class_accuracy
 from mlcd_ds.evaluation.features import check_labelled
+from mlcd_ds.evaluation.logistic import LogisticFit, fit_logistic
 
 L2_GRID = tuple(10.0 ** (-6 + step / 8) for step in range(97))  # 96 steps, 8 a decade
 _COARSE_STRIDE = 16  # two decades, as CLIP starts
 _FLOAT64_MAX_ELEMENTS = 2**24  # 128 MiB of features in float64
 
 Progress = Callable[[float, float, int], None]
-"""Called after each fit of the sweep with l2, validation accuracy and iterations."""
+"""Called after each fit of the sweeps with l2, validation accuracy and iterations."""
 
 
-@dataclass(frozen=True, eq=False)
-class LogisticFit:
-    """A multinomial logistic regression: logits = features @ weight_CD.T + bias_C."""
+@dataclass(frozen=True)
+class SplitResult:
+    """What one validation split chose, and what came of it."""
 
-    weight_CD: Tensor
-    bias_C: Tensor
-    num_iterations: int
-
-    def logits(self, features_ND: Tensor) -> Tensor:
-        """Return the logits [N, C]."""
-        return F.linear(features_ND, self.weight_CD, self.bias_C)
+    l2: float
+    accuracy: float  # on the test set, of the fit to all training examples with this l2
+    validation_accuracy: float  # at the chosen l2
+    validation_curve: tuple[tuple[float, float], ...]  # (l2, validation accuracy), l2 rising
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeResult:
-    """What a linear probe measured on the test set, and how it came to its one hyperparameter."""
+    """What a linear probe measured on the test set; accuracies and predictions are over all splits."""
 
-    accuracy: float
-    accuracy_se: float  # bootstrap over the test examples
+    accuracy: float  # mean over the splits
+    accuracy_se: float  # of that mean: sqrt(test_se^2 + split_sd^2 / S)
+    test_se: float  # bootstrap over the test examples
+    split_sd: float  # standard deviation of one split's accuracy
     mean_per_class: float  # over the classes with a test example
     per_class_accuracy: tuple[float, ...]  # NaN for a class without a test example
-    confusion_CC: Tensor  # counts; row true, column predicted
-    predictions_M: Tensor
-    l2: float
-    validation_accuracy: float  # at the chosen l2
-    validation_curve: tuple[tuple[float, float], ...]  # (l2, validation accuracy), l2 rising
-    num_fit: int  # examples that the sweep was fitted on; the refit has num_val more
-    num_val: int
-    num_iterations: int  # of the refit
+    confusion_CC: Tensor  # counts summed over the splits; row true, column predicted
+    predictions_SM: Tensor
+    splits: tuple[SplitResult, ...]
+    num_fits: int
+    num_unconverged: int  # fits, of the sweeps or to all training examples, that ended before they converged
 
 
 def stratified_split(labels_N: Tensor, val_fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -70,55 +69,6 @@ def stratified_split(labels_N: Tensor, val_fraction: float, generator: torch.Gen
     return torch.cat(fit).sort().values, torch.cat(val).sort().values
 
 
-def fit_logistic(
-    features_ND: Tensor,
-    labels_N: Tensor,
-    num_classes: int,
-    l2: float,
-    start: LogisticFit | None = None,
-    max_iterations: int = 1000,
-    tolerance: float = 1e-6,
-) -> LogisticFit:
-    """Minimise sum_i CE(logits_i, label_i) + l2 / 2 * |W|^2 by full-batch L-BFGS; l2 is scikit-learn's 1 / C.
-
-    The bias is not penalised. It works on the objective divided by N, in the features' dtype, and stops when no entry
-    of that gradient exceeds `tolerance`. `start` warm-starts it; without it W = 0 and b is the classes' log share.
-    """
-    num_examples, width = features_ND.shape
-    labels_N = labels_N.long()
-    # L-BFGS sees W times this, so that a strong penalty is as well conditioned as the bias that it does not reach
-    stretch = (1.0 + l2 / num_examples) ** 0.5
-    if start is None:
-        counts_C = torch.bincount(labels_N, minlength=num_classes).to(features_ND.dtype)
-        stretched_CD, bias_C = features_ND.new_zeros(num_classes, width), ((counts_C + 1) / num_examples).log()
-    else:
-        stretched_CD, bias_C = start.weight_CD * stretch, start.bias_C.clone()
-    stretched_CD.requires_grad_()
-    bias_C.requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [stretched_CD, bias_C],
-        max_iter=max_iterations,
-        tolerance_grad=tolerance,
-        # in float32 the objective stops changing before its gradient is that small
-        tolerance_change=0.0 if features_ND.dtype == torch.float64 else 1e-9,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
-
-    def objective() -> Tensor:
-        optimizer.zero_grad()
-        weight_CD = stretched_CD / stretch
-        loss = F.cross_entropy(F.linear(features_ND, weight_CD, bias_C), labels_N)
-        loss = loss + l2 / (2 * num_examples) * weight_CD.square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(objective)
-    num_iterations = int(optimizer.state[stretched_CD]["n_iter"])
-    return LogisticFit(stretched_CD.detach() / stretch, bias_C.detach(), num_iterations)
-
-
 def linear_probe(
     train_ND: Tensor,
     train_labels_N: Tensor,
@@ -126,77 +76,89 @@ def linear_probe(
     test_labels_M: Tensor,
     num_classes: int,
     generator: torch.Generator,
+    num_splits: int = 5,
     val_fraction: float = 0.2,
-    max_iterations: int = 1000,
+    max_iterations: int = 100,
     tolerance: float = 1e-6,
     progress: Progress | None = None,
 ) -> ProbeResult:
-    """Choose l2 on a validation split of the training set, refit on all of it, and measure on the test set once.
+    """Measure on the test set the fits to all training examples, each with the l2 that one validation split chose.
 
     Every feature source is treated alike: centred on the training mean and divided by one number, the root mean square
     of the centred training features. With a free bias that leaves the set of classifiers and the penalty's shape as
-    CLIP's; it only states l2 in the features' own scale, so that one grid serves them all, and it conditions L-BFGS.
-    No channel is scaled on its own. float64 up to 2^24 numbers of training features, float32 above.
+    CLIP's; it only states l2 in the features' own scale, so that one grid serves them all. No channel is scaled on its
+    own. float64 up to 2^24 numbers of training features, float32 above.
 
-    The generator gives the split and the bootstrap. Raises ValueError for labels or features that do not fit together.
+    The generator gives the splits and the bootstrap. `max_iterations` and `tolerance` are `fit_logistic`'s. Raises
+    ValueError for labels or features that do not fit together.
     """
     check_labelled(train_ND, train_labels_N, num_classes, "train")
     check_labelled(test_MD, test_labels_M, num_classes, "test")
+    if num_splits < 2:
+        raise ValueError(f"num_splits {num_splits} must be 2 or more, for the error from the choice of the split")
     dtype = torch.float64 if train_ND.numel() <= _FLOAT64_MAX_ELEMENTS else torch.float32
     train_ND, test_MD = _condition(train_ND.to(dtype), test_MD.to(dtype))
-    fit_index, val_index = (
-        index.to(train_ND.device) for index in stratified_split(train_labels_N, val_fraction, generator)
-    )
-    if len(val_index) == 0:
-        raise ValueError("no class has two training examples: there is nothing to validate on")
-    sweep = _Sweep(
-        train_ND[fit_index],
-        train_labels_N[fit_index],
-        train_ND[val_index],
-        train_labels_N[val_index].long(),
-        num_classes,
-        max_iterations,
-        tolerance,
-        progress,
-    )
-    best = sweep.search()
-    l2 = L2_GRID[best]
-    final = fit_logistic(train_ND, train_labels_N, num_classes, l2, sweep.fits[best], max_iterations, tolerance)
-    predictions_M = final.logits(test_MD).argmax(1)
-    confusion_CC = confusion_matrix(predictions_M, test_labels_M, num_classes).cpu()
+
+    sweeps: list[_Sweep] = []
+    starts: dict[int, LogisticFit] = {}
+    for _ in range(num_splits):
+        fit_index, val_index = stratified_split(train_labels_N, val_fraction, generator)
+        if len(val_index) == 0:
+            raise ValueError("no class has two training examples: there is nothing to validate on")
+        fit_index, val_index = fit_index.to(train_ND.device), val_index.to(train_ND.device)
+        fit = (train_ND[fit_index], train_labels_N[fit_index])
+        val = (train_ND[val_index], train_labels_N[val_index])
+        sweeps.append(_Sweep(*fit, *val, num_classes, max_iterations, tolerance, starts, progress))
+    chosen = [sweep.search() for sweep in sweeps]
+    finals = {
+        step: fit_logistic(
+            train_ND, train_labels_N, num_classes, L2_GRID[step], starts[step], max_iterations, tolerance
+        )
+        for step in sorted(set(chosen))
+    }
+    predictions_SM = torch.stack([finals[step].logits(test_MD).argmax(1) for step in chosen])
+    correct_SM = predictions_SM == test_labels_M
+    accuracy_S = correct_SM.double().mean(1)
+    confusion_CC = confusion_matrix(predictions_SM.flatten(), test_labels_M.repeat(num_splits), num_classes).cpu()
     recall_C = per_class_accuracy(confusion_CC)
-    correct_M = predictions_M == test_labels_M
+    test_se = bootstrap_standard_error(correct_SM.double().mean(0), generator)
+    split_sd = float(accuracy_S.std())
+    fits = [*finals.values(), *(fit for sweep in sweeps for fit in sweep.fits.values())]
     return ProbeResult(
-        accuracy=float(correct_M.double().mean()),
-        accuracy_se=bootstrap_standard_error(correct_M, generator),
+        accuracy=float(accuracy_S.mean()),
+        accuracy_se=(test_se**2 + split_sd**2 / num_splits) ** 0.5,
+        test_se=test_se,
+        split_sd=split_sd,
         mean_per_class=float(recall_C.nanmean()),
         per_class_accuracy=tuple(recall_C.tolist()),
         confusion_CC=confusion_CC,
-        predictions_M=predictions_M.cpu(),
-        l2=l2,
-        validation_accuracy=sweep.scores[best][0],
-        validation_curve=tuple((L2_GRID[step], sweep.scores[step][0]) for step in sorted(sweep.scores)),
-        num_fit=len(fit_index),
-        num_val=len(val_index),
-        num_iterations=final.num_iterations,
+        predictions_SM=predictions_SM.cpu(),
+        splits=tuple(
+            SplitResult(L2_GRID[step], accuracy, sweep.scores[step][0], sweep.curve())
+            for step, accuracy, sweep in zip(chosen, accuracy_S.tolist(), sweeps, strict=True)
+        ),
+        num_fits=len(fits),
+        num_unconverged=sum(not fit.is_converged for fit in fits),
     )
 
 
 def _condition(train_ND: Tensor, test_MD: Tensor) -> tuple[Tensor, Tensor]:
     """Centre both on the training mean and divide by the training root mean square: one number for all channels.
 
-    Where there are more channels than training images, both are written in a basis of the training rows.
+    Both are then rotated to the training set's principal axes, where Newton's steps are cheap; that changes no
+    classifier, and no penalty.
     """
     mean_D = train_ND.mean(0)
     scale = (train_ND - mean_D).square().mean().sqrt().clamp_min(torch.finfo(train_ND.dtype).tiny)
     train_ND, test_MD = (train_ND - mean_D) / scale, (test_MD - mean_D) / scale
     num_train, width = train_ND.shape
-    if width <= num_train:
-        return train_ND, test_MD
-    # More channels than images: a penalised solution lies in the span of the training rows, so in an orthonormal basis
-    # of that span it is the same classifier, with fewer numbers.
-    basis_DN = torch.linalg.qr(train_ND.T).Q
-    return train_ND @ basis_DN, test_MD @ basis_DN
+    if width > num_train:
+        # More channels than images: a penalised solution lies in the span of the training rows, so in an orthonormal
+        # basis of that span it is the same classifier, with fewer numbers.
+        basis_DN = torch.linalg.qr(train_ND.T).Q
+        train_ND, test_MD = train_ND @ basis_DN, test_MD @ basis_DN
+    axes_DD = torch.linalg.eigh(train_ND.T @ train_ND).eigenvectors
+    return train_ND @ axes_DD, test_MD @ axes_DD
 
 
 class _Sweep:
@@ -211,11 +173,13 @@ class _Sweep:
         num_classes: int,
         max_iterations: int,
         tolerance: float,
+        starts: dict[int, LogisticFit],
         progress: Progress | None,
     ) -> None:
         self.fit_ND, self.fit_labels_N = fit_ND, fit_labels_N
-        self.val_MD, self.val_labels_M = val_MD, val_labels_M
+        self.val_MD, self.val_labels_M = val_MD, val_labels_M.long()
         self.num_classes, self.max_iterations, self.tolerance = num_classes, max_iterations, tolerance
+        self.starts = starts  # the latest fit at each step, of any split
         self.progress = progress
         self.fits: dict[int, LogisticFit] = {}
         self.scores: dict[int, tuple[float, float]] = {}  # accuracy, then negative cross-entropy to break ties
@@ -233,18 +197,22 @@ class _Sweep:
                     self._evaluate(step)
         return self._best()
 
+    def curve(self) -> tuple[tuple[float, float], ...]:
+        """(l2, validation accuracy) of every fit, l2 rising."""
+        return tuple((L2_GRID[step], self.scores[step][0]) for step in sorted(self.scores))
+
     def _best(self) -> int:
         return max(self.scores, key=lambda step: (*self.scores[step], step))
 
     def _evaluate(self, step: int) -> None:
-        nearest = min(self.fits, key=lambda other: (abs(other - step), -other), default=None)
-        start = None if nearest is None else self.fits[nearest]
+        nearest = min(self.starts, key=lambda other: (abs(other - step), -other), default=None)
+        start = None if nearest is None else self.starts[nearest]
         fit = fit_logistic(
             self.fit_ND, self.fit_labels_N, self.num_classes, L2_GRID[step], start, self.max_iterations, self.tolerance
         )
         logits_MC = fit.logits(self.val_MD)
         accuracy = float((logits_MC.argmax(1) == self.val_labels_M).double().mean())
-        self.fits[step] = fit
+        self.fits[step] = self.starts[step] = fit
         self.scores[step] = (accuracy, -float(F.cross_entropy(logits_MC, self.val_labels_M)))
         if self.progress is not None:
             self.progress(L2_GRID[step], accuracy, fit.num_iterations)

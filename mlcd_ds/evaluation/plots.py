@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from mlcd_ds.evaluation.linear_probe import ProbeResult
 
 _SERIES = (("knn", "kNN", "#9aa5b1"), ("linear_probe", "linear probe", "#2f6690"))
 
 
-def confusion_plot(result: ProbeResult, class_names: Sequence[str], path: Path) -> None:
+def confusion_plot(result: ProbeResult, class_names: Sequence[str], path: Path | BinaryIO) -> None:
     """Draw the probe's confusion matrix, each row in percent of its true class.
 
     Raises ValueError unless there is a name for each class.
@@ -29,7 +30,9 @@ def confusion_plot(result: ProbeResult, class_names: Sequence[str], path: Path) 
     axes.set_yticks(range(num_classes), class_names)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    axes.set_title(f"linear probe: {result.accuracy:.1%} \u00b1 {result.accuracy_se:.1%} of {int(counts_CC.sum())}")
+    num_splits, num_test = result.predictions_SM.shape
+    accuracy = f"{result.accuracy:.1%} \u00b1 {result.accuracy_se:.1%}"
+    axes.set_title(f"linear probe: {accuracy} of {num_test}, mean of {num_splits} splits")
     for row, values in enumerate(percent):
         for column, value in enumerate(values):
             if value >= 0.5:
@@ -43,7 +46,8 @@ def comparison_plot(rows: Mapping[str, Mapping[str, float]], path: Path, chance:
     """Draw a bar of kNN and one of linear-probe accuracy for each source of features, first row on top.
 
     A row has `knn` and `linear_probe`, either or both, and their standard errors as `knn_se` and `linear_probe_se`
-    where known; all are fractions, as is `chance`, a dashed line. Raises ValueError for any other name.
+    where known (the probe's with the choice of the validation split); all are fractions, as is `chance`, a dashed line.
+    Raises ValueError for any other name.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -70,7 +74,7 @@ def comparison_plot(rows: Mapping[str, Mapping[str, float]], path: Path, chance:
     axes.invert_yaxis()
     axes.set_xlim(0, 108)
     axes.set_xticks(range(0, 101, 20))
-    axes.set_xlabel("top-1 accuracy, %  (whiskers: one standard error)")
+    axes.set_xlabel("top-1 accuracy, %  (whiskers: one standard error, of test images and splits)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     FigureCanvasAgg(figure).print_png(path)

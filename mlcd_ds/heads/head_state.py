@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mlcd_ds.artefacts.readers import open_tensors
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.partial_fc import PartialFCHead
 from mlcd_ds.heads.row_optimizer import RowOptimizer
@@ -54,25 +55,21 @@ def _state(head: PartialFCHead, optimizer: RowOptimizer) -> dict[str, Tensor]:
 
 def _read_rows(path: Path, begin: int, end: int, classes: slice, targets: dict[str, Tensor], first_target: int) -> None:
     """Copy rows of one file, which holds classes [begin, end), to their places."""
-    fix = f"remove {path.parent} to use an older checkpoint"
-    try:
-        with safe_open(path, framework="pt") as file:
-            missing = sorted(targets.keys() - set(file.keys()))
-            if missing:
-                raise UserError(
-                    f"{path} holds no {missing[0]!r}: it was saved with another head.optimizer. Set that one, or {fix}."
-                )
-            for name, target in targets.items():
-                rows = file.get_slice(name)
-                expected = [end - begin, *target.shape[1:]]
-                if rows.get_shape() != expected:
-                    raise UserError(f"{path}: {name!r} has shape {rows.get_shape()} instead of {expected}: {fix}.")
-                # Straight to its place: no rank ever holds more than its own classes.
-                target[classes.start - first_target : classes.stop - first_target] = rows[
-                    classes.start - begin : classes.stop - begin
-                ]
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}): {fix}.") from None
+    fix = f"Remove {path.parent} to use an older checkpoint."
+    with open_tensors(path, fix) as file:
+        missing = sorted(targets.keys() - file.names)
+        if missing:
+            raise UserError(
+                f"{path} holds no {missing[0]!r}: it was saved with another head.optimizer. Set that one. Or: {fix}"
+            )
+        for name, target in targets.items():
+            expected = [end - begin, *target.shape[1:]]
+            if file.shape(name) != expected:
+                raise UserError(f"{path}: {name!r} has shape {file.shape(name)} instead of {expected}. {fix}")
+            # Straight to its place: no rank ever holds more than its own classes.
+            target[classes.start - first_target : classes.stop - first_target] = file.rows(
+                name, classes.start - begin, classes.stop - begin
+            )
 
 
 def head_files(folder: Path) -> Iterator[tuple[Path, int, int]]:

@@ -84,6 +84,7 @@ class Negatives:
             for images in self._image_blocks(len(emb_GE)):
                 slots_gP = self.slots_GP[images] - columns.start
                 exp_gs, sums_g = self.exp_block(emb_GE[images], scaled_sE, slots_gP, self.shift, None)
+                assert sums_g is not None
                 sums_G[images] += sums_g
                 self.matmul.add(slopes_GE[images], exp_gs, scaled_sE)
         return sums_G, slopes_GE

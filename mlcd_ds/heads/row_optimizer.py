@@ -24,9 +24,11 @@ BLOCK_ROWS = {"cpu": 1024, "cuda": 8192}
 
 
 class RowRule(Protocol):
-    """How rows move. `moments`: names of the state tensors [L, E]."""
+    """How rows move."""
 
-    moments: tuple[str, ...]
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Names of the state tensors [L, E]."""
 
     def update(
         self, weight_nE: Tensor, grad_nE: Tensor, moments: list[Tensor], steps_n: Tensor, lr: float

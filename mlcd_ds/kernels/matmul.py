@@ -47,7 +47,7 @@ class Matmul:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within it, the CPU multiplies as said."""
-        backend = torch.backends.mkldnn.matmul
+        backend = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 (set at run time, so no type checker knows it)
         before = backend.fp32_precision
         backend.fp32_precision = "bf16" if self.is_bf16 and self.device_type == "cpu" else before
         try:

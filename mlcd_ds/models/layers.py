@@ -6,8 +6,8 @@ Shapes: B images, C colour channels (3), N patches, R registers, T = 1 + R + N t
 """
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterable
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -256,9 +256,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block(width, heads, mlp_width, activation, norm_eps) for _ in range(depth))
 
+    @property
+    def blocks(self) -> Iterable[Block]:
+        """The layers by their type."""
+        return cast(Iterable[Block], self.layers)
+
     def init_weights(self, generator: torch.Generator) -> None:
         """Initialise every block."""
-        for block in self.layers:
+        for block in self.blocks:
             block.init_weights(len(self.layers), generator)
 
     def forward(self, tokens_BTD: Tensor, scales_BL2: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:

@@ -7,26 +7,25 @@ Shapes: B images, C colour channels (3), N patches, T tokens (class token, regis
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from mlcd_ds.artefacts.typed import Frozen
 from mlcd_ds.models.layers import Activation, Embeddings, Encoder, Linear, Recompute, fill_nan, normal_init
 from mlcd_ds.models.noise import TrainingNoise, num_kept
 from mlcd_ds.models.rope import AxialRotary
 
 
-class ViTConfig(BaseModel):
+class ViTConfig(Frozen):
     """Shape of a `ViT`. ViT-B/32 at 224: width 768, depth 12, heads 12, mlp_width 3072, 87,456,000 parameters
-    without the projection."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    without the projection. The bounds lie beyond the largest published models (width 6144)."""
 
     image_size: int = Field(ge=1, le=4096, description="height and width of the input images, pixels")
     patch_size: int = Field(ge=1, le=256, description="height and width of a patch, pixels")
-    width: int = Field(ge=1, le=16384, description="channels of a token")
+    width: int = Field(ge=1, le=8192, description="channels of a token")
     depth: int = Field(ge=1, le=256, description="number of transformer blocks")
     heads: int = Field(ge=1, le=256, description="attention heads a block")
-    mlp_width: int = Field(ge=1, le=65536, description="hidden channels of a block's MLP")
+    mlp_width: int = Field(ge=1, le=32768, description="hidden channels of a block's MLP")
     embed_dim: int = Field(ge=1, le=16384, description="channels of the projected embedding that the loss sees")
     activation: Activation = Field("quick_gelu", description="the MLP's activation; OpenAI's CLIP has quick_gelu")
     positions: Literal["learned", "rope2d"] = Field(
@@ -44,6 +43,11 @@ class ViTConfig(BaseModel):
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}: "
                 f"set image_size to {nearest}, or a patch_size that divides {self.image_size}"
+            )
+        if self.num_patches > 2**16:
+            raise ValueError(
+                f"image_size {self.image_size} and patch_size {self.patch_size} make {self.num_patches} patches, more "
+                "than 65,536: raise patch_size"
             )
         if self.width % self.heads:
             raise ValueError(
@@ -120,7 +124,7 @@ class ViT(nn.Module):
 
     def set_recompute(self, recompute: Recompute) -> None:
         """Choose what the blocks compute again in the backward pass; values and gradients stay as they are."""
-        for block in self.encoder.layers:
+        for block in self.encoder.blocks:
             block.recompute = recompute
 
     def forward_tokens(self, images_BCHW: Tensor, noise: TrainingNoise | None = None) -> Tensor:

@@ -87,5 +87,6 @@ class ClassLoss:
         with torch.enable_grad():
             leaves = negatives_G.detach().requires_grad_(), cosines_GP.detach().requires_grad_()
             parts = self.parts(*leaves, is_label_GP)
-            slope_G, slope_GP = torch.autograd.grad(sum(part.sum() for part in parts.values()), leaves)
+            total = torch.stack([part.sum() for part in parts.values()]).sum()
+            slope_G, slope_GP = torch.autograd.grad(total, leaves)
         return {name: part.detach() for name, part in parts.items()}, slope_G, slope_GP

@@ -21,17 +21,17 @@ import torch
 from pydantic import Field
 
 from mlcd_ds.artefacts.files import write_atomic
-from mlcd_ds.artefacts.manifest import check_file, library_versions, read_manifest, write_manifest
+from mlcd_ds.artefacts.manifest import library_versions, read_manifest, write_manifest
 from mlcd_ds.clustering.assigner import AssignerName, Precision
 from mlcd_ds.clustering.center_store import CenterStore
 from mlcd_ds.clustering.choose_assigner import choose_assigner, resolve_precision
-from mlcd_ds.clustering.embedding_store import EmbeddingManifest
+from mlcd_ds.clustering.embedding_store import EmbeddingManifest, embedding_rows
 from mlcd_ds.clustering.label_pass import label_rows
-from mlcd_ds.data.label_store import LabelManifest
+from mlcd_ds.data.label_store import LabelManifest, check_labels
 from mlcd_ds.errors import UserError
 from mlcd_ds.stages import runner
 from mlcd_ds.stages.assign_report import open_index, write_report
-from mlcd_ds.stages.per_shard import for_each_shard, work_key
+from mlcd_ds.stages.per_shard import REDO, for_each_shard, read_shard, work_key
 
 
 class Options(runner.StageOptions):
@@ -90,9 +90,15 @@ def run(options: Options, context: runner.Context) -> None:
         return
     assigner.set_centers(torch.from_numpy(np.array(store.centers_CE)))
 
+    counts = dict(embeddings.shards)
+
     def work(name: str) -> tuple[dict, dict]:
-        path = check_file(options.embeddings, f"{name}.npy", embeddings.files[f"{name}.npy"], "embed")
-        rows_NE = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+        rows_NE = torch.from_numpy(embedding_rows(options.embeddings, embeddings, name, counts[name]))
+        if len(bad := torch.nonzero(~rows_NE.isfinite().all(dim=1))):
+            raise UserError(
+                f"{options.embeddings / name}.npy row {int(bad[0])} has NaN or infinity. Make the embeddings again: "
+                f"`mlcd embed --overwrite --out {options.embeddings}`."
+            )
         labels_NP, similarity_NP = label_rows(
             assigner, rows_NE, options.num_labels, clusters.metric, options.threshold, context.device
         )
@@ -103,12 +109,13 @@ def run(options: Options, context: runner.Context) -> None:
         }, {}
 
     key = work_key("assign", wanted.parameters, wanted.inputs)
-    names = [name for name, _ in embeddings.shards]
+    names = list(counts)
     notes = for_each_shard(context, options.out, dict.fromkeys(names, key), work, "assign", redo=options.overwrite)
     sizes_C = torch.zeros(clusters.num_centers, dtype=torch.int64)
     num_labels = torch.zeros(1, dtype=torch.int64)
     for name in context.mine(names):
-        labels_NP = np.load(options.out / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        labels_NP = read_shard(options.out, f"{name}.npy", notes[name])
+        check_labels(labels_NP, clusters.num_centers, options.out / f"{name}.npy", REDO)
         num_labels += int((labels_NP >= 0).sum())
         sizes_C += torch.bincount(torch.from_numpy(labels_NP[:, 0].astype(np.int64)), minlength=clusters.num_centers)
     group.all_reduce_sum(sizes_C)
@@ -117,7 +124,7 @@ def run(options: Options, context: runner.Context) -> None:
         files = {name: record for note in notes.values() for name, record in note.files.items()}
         files["sizes.npy"] = write_atomic(options.out / "sizes.npy", lambda file: np.save(file, sizes_C.numpy()))
     group.barrier()
-    write_report(context, options.out, names, wanted, clusters, index, options.label_key)
+    write_report(context, options.out, notes, sizes_C.numpy(), wanted, clusters, index, options.label_key)
     if group.is_main:
         write_manifest(options.out, wanted.model_copy(update={"files": files}))
         low, middle, high = np.percentile(sizes_C.numpy(), (5, 50, 95))

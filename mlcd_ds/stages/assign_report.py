@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from mlcd_ds.data.label_store import LabelManifest
 from mlcd_ds.data.sample_labels import shard_labels
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
 from mlcd_ds.errors import UserError
+from mlcd_ds.stages.per_shard import ShardNote, read_shard
 from mlcd_ds.stages.runner import Context
 
 REPORT_NAME, PAGE_NAME = "report.json", "report.html"
@@ -40,7 +41,8 @@ def shown_clusters(sizes_C: np.ndarray) -> list[int]:
 def write_report(
     context: Context,
     out: Path,
-    names: Sequence[str],
+    notes: Mapping[str, ShardNote],
+    sizes_C: np.ndarray,
     labels: LabelManifest,
     clusters: ClusterManifest,
     index: ShardIndex | None,
@@ -48,17 +50,17 @@ def write_report(
 ) -> None:
     """Read the labels of all shards once more; rank 0 writes report.json, report.html and TensorBoard's events.
 
-    With an index there are pictures, and, where samples have classes under `label_key`, purity and NMI.
+    `notes` are those of all shards on rank 0, of a rank's own elsewhere. With an index there are pictures, and, where
+    samples have classes under `label_key`, purity and NMI.
     """
     group = context.group
-    sizes_C = np.load(out / "sizes.npy", allow_pickle=False)
     extremes = Extremes(shown_clusters(sizes_C), MEMBERS_SHOWN)
     sums_2P = torch.zeros(2, labels.num_labels, dtype=torch.float64)
     members, classes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     number_of = {} if index is None else {entry.name: i for i, entry in enumerate(index.shards)}
-    for name in context.mine(list(names)):
-        labels_NP = np.load(out / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        similarity_NP = np.load(out / f"similarity/{name}.npy", mmap_mode="r", allow_pickle=False).astype(np.float64)
+    for name in context.mine(list(notes)) if group.is_main else notes:
+        labels_NP = read_shard(out, f"{name}.npy", notes[name])
+        similarity_NP = read_shard(out, f"similarity/{name}.npy", notes[name]).astype(np.float64)
         is_label_NP = labels_NP >= 0
         sums_2P[0] += torch.from_numpy(np.where(is_label_NP, similarity_NP, 0).sum(axis=0))
         sums_2P[1] += torch.from_numpy(is_label_NP.sum(axis=0))
@@ -88,7 +90,7 @@ def write_report(
     for found, _, _ in everyone:
         for cluster, some in found.items():
             extremes.add(cluster, some)
-    sections = [] if index is None else _pictures(out, index, extremes, sizes_C)
+    sections = [] if index is None else _pictures(out, notes, index, extremes, sizes_C)
     images = plots(sizes_C, clusters.objective, similarity_P)
     write_json(out / REPORT_NAME, {**figures, "objective": list(clusters.objective)})
     content = page(figures, images, sections).encode()
@@ -96,7 +98,9 @@ def write_report(
     _write_events(out, sizes_C, clusters.objective, figures)
 
 
-def _pictures(out: Path, index: ShardIndex, extremes: Extremes, sizes_C: np.ndarray) -> list[tuple[str, str]]:
+def _pictures(
+    out: Path, notes: Mapping[str, ShardNote], index: ShardIndex, extremes: Extremes, sizes_C: np.ndarray
+) -> list[tuple[str, str]]:
     """For some clusters their nearest and farthest members, and some images with the nearest member of each label."""
     reader = ShardReader(index)
 
@@ -113,9 +117,9 @@ def _pictures(out: Path, index: ShardIndex, extremes: Extremes, sizes_C: np.ndar
     lines = []
     for _, shard, row in seen:
         name = index.shards[shard].name
-        labels_P = np.load(out / f"{name}.npy", mmap_mode="r", allow_pickle=False)[row]
-        similarity_P = np.load(out / f"similarity/{name}.npy", mmap_mode="r", allow_pickle=False)[row]
-        of_label = [_another_member(out, index, shard, int(label)) for label in labels_P if label >= 0]
+        labels_NP = read_shard(out, f"{name}.npy", notes[name])
+        labels_P, similarity_P = labels_NP[row], read_shard(out, f"similarity/{name}.npy", notes[name])[row]
+        of_label = [_another_member(labels_NP, shard, int(label)) for label in labels_P if label >= 0]
         text = ", ".join(f"{label} ({s:.2f})" for label, s in zip(labels_P, similarity_P, strict=True) if label >= 0)
         lines.append(pictures(f"an image, then a member of each of its clusters {text}", shown([(0.0, shard, row)])))
         lines.append(pictures("", shown([member for member in of_label if member is not None])))
@@ -123,9 +127,8 @@ def _pictures(out: Path, index: ShardIndex, extremes: Extremes, sizes_C: np.ndar
     return [*sections, ("Images and their clusters", "".join(lines))]
 
 
-def _another_member(out: Path, index: ShardIndex, shard: int, label: int) -> tuple[float, int, int] | None:
+def _another_member(labels_NP: np.ndarray, shard: int, label: int) -> tuple[float, int, int] | None:
     """The first image of the same shard whose nearest centre a label is."""
-    labels_NP = np.load(out / f"{index.shards[shard].name}.npy", mmap_mode="r", allow_pickle=False)
     rows = np.flatnonzero(labels_NP[:, 0] == label)
     return (0.0, shard, int(rows[0])) if len(rows) else None
 

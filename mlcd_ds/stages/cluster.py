@@ -46,8 +46,12 @@ class Options(runner.StageOptions):
 
     embeddings: Path = Field(description="folder of `mlcd embed`")
     num_centers: int = Field(ge=2, description="number of clusters (the paper: 1,000,000 for 400M images)")
-    num_iterations: int = Field(20, ge=1, description="Lloyd iterations at most (not published; faiss's default is 25)")
-    seed: int = Field(0, ge=0, description="seed of the first centres, of samples, and of the splits of empty clusters")
+    num_iterations: int = Field(
+        20, ge=1, le=10**6, description="Lloyd iterations at most (not published; faiss's default is 25)"
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="seed of the first centres, of samples, and of the splits of empty clusters"
+    )
     metric: Metric = Field("cosine", description="cosine (unit centres) or euclidean")
     init: InitName = Field("auto", description="first centres; auto is two_level from 20,000 centres on, else random")
     moving_iterations: int = Field(

@@ -23,6 +23,7 @@ from pydantic import Field
 
 from mlcd_ds.artefacts.files import write_atomic
 from mlcd_ds.artefacts.manifest import library_versions, write_manifest
+from mlcd_ds.artefacts.typed import MAX_BATCH, MAX_THREADS
 from mlcd_ds.clustering.embedding_store import EmbeddingManifest
 from mlcd_ds.data.dali import ImageDecoder
 from mlcd_ds.data.loader import shard_images
@@ -43,8 +44,8 @@ class Options(runner.StageOptions):
     features: Literal["image", "text", "joint"] = Field(
         "image", description="of a CLIP model also text (the captions) or joint (their mean; images without one alone)"
     )
-    batch_size: int = Field(64, ge=1, description="images a forward pass, per rank")
-    num_threads: int = Field(2, ge=1, description="decoding threads of a rank")
+    batch_size: int = Field(64, ge=1, le=MAX_BATCH, description="images a forward pass, per rank")
+    num_threads: int = Field(2, ge=1, le=MAX_THREADS, description="decoding threads of a rank")
 
 
 def embed_shard(encoder: Encoder, decoder: ImageDecoder, index: ShardIndex, shard: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Evaluate a frozen encoder on labelled shards: weighted kNN and a linear probe.
 
-Features are taken before the projection and computed once a shard. The linear probe is CLIP's: L-BFGS logistic
-regression, its L2 swept on a validation part of the training set, then fitted on all of it. kNN is weighted by
+Features are taken before the projection and computed once a shard. The linear probe is CLIP's logistic regression,
+its L2 swept on a validation part of the training set, then fitted on all of it: the mean of --num-splits such choices.
+Its +- is one standard error, from the test images (bootstrap) and from the choice of the split. kNN is weighted by
 exp(cosine / 0.07). Labels are read from the samples' .json members. Writes report.json and confusion.png.
 
   mlcd evaluate --model runs/demo/export --train-index runs/demo/index/train --test-index runs/demo/index/test \\
@@ -14,7 +15,7 @@ torchrun to share the shards over ranks.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,8 +23,10 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from mlcd_ds.artefacts.files import record_of, write_atomic, write_json
+from mlcd_ds.artefacts.files import write_atomic, write_json
 from mlcd_ds.artefacts.manifest import Manifest, library_versions, write_manifest
+from mlcd_ds.artefacts.readers import read_json
+from mlcd_ds.artefacts.typed import MAX_BATCH, MAX_THREADS
 from mlcd_ds.data.dali import ImageDecoder
 from mlcd_ds.data.loader import shard_images
 from mlcd_ds.data.sample_labels import shard_labels
@@ -35,7 +38,7 @@ from mlcd_ds.errors import UserError
 from mlcd_ds.evaluation.knn import usable_ks, weighted_knn
 from mlcd_ds.evaluation.linear_probe import ProbeResult, linear_probe
 from mlcd_ds.stages import runner
-from mlcd_ds.stages.per_shard import for_each_shard, work_key
+from mlcd_ds.stages.per_shard import ShardNote, for_each_shard, read_shard, work_key
 
 HEADLINE_K = 20
 
@@ -49,9 +52,10 @@ class Options(runner.StageOptions):
     test_index: Path = Field(description="folder of `mlcd index` with the held-out images")
     classes: Path | None = Field(None, description="JSON list of class names, for the plot")
     label_key: str = Field("label", description="key of the whole number in the samples' .json; null is no label")
-    seed: int = Field(0, ge=0, description="of the validation split")
-    batch_size: int = Field(64, ge=1, description="images a forward pass, per rank")
-    num_threads: int = Field(2, ge=1, description="decoding threads of a rank")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the validation splits")
+    num_splits: int = Field(5, ge=2, le=100, description="validation splits; the linear probe is their mean")
+    batch_size: int = Field(64, ge=1, le=MAX_BATCH, description="images a forward pass, per rank")
+    num_threads: int = Field(2, ge=1, le=MAX_THREADS, description="decoding threads of a rank")
 
 
 class EvaluationManifest(Manifest):
@@ -63,8 +67,11 @@ class EvaluationManifest(Manifest):
 
 def compute_features(
     encoder: Encoder, index: ShardIndex, folder: Path, options: Options, context: runner.Context, weights: str
-) -> None:
-    """Write features fp32 [n, D] and labels int64 [n] of the labelled images of each shard below `folder`."""
+) -> dict[str, ShardNote]:
+    """Write features fp32 [n, D] and labels int64 [n] of the labelled images of each shard below `folder`.
+
+    Returns the shards' notes: on rank 0 all.
+    """
     decoder = ImageDecoder(options.batch_size, encoder.pixels, context.device, options.num_threads)
     numbers = {entry.name: number for number, entry in enumerate(index.shards) if entry.num_images}
 
@@ -79,16 +86,16 @@ def compute_features(
         return {n: write_atomic(folder / n, lambda file, a=a: np.save(file, a)) for n, a in files.items()}, {}
 
     key = work_key("evaluate", weights, encoder.pixels, index.manifest.fingerprint, options.label_key)
-    for_each_shard(context, folder, dict.fromkeys(numbers, key), work, f"features {folder.name}", options.overwrite)
+    keys = dict.fromkeys(numbers, key)
+    return for_each_shard(context, folder, keys, work, f"features {folder.name}", options.overwrite)
 
 
 def read_features(
-    index: ShardIndex, folder: Path, label_key: str, device: torch.device
+    index: ShardIndex, folder: Path, notes: Mapping[str, ShardNote], label_key: str, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features fp32 [N, D] and labels int64 [N] of all labelled images."""
-    names = [entry.name for entry in index.shards if entry.num_images]
-    features = np.concatenate([np.load(folder / f"{name}.npy", allow_pickle=False) for name in names])
-    labels = np.concatenate([np.load(folder / f"{name}.labels.npy", allow_pickle=False) for name in names])
+    """Features fp32 [N, D] and labels int64 [N] of all labelled images, compared with the shards' notes."""
+    features = np.concatenate([read_shard(folder, f"{name}.npy", note) for name, note in notes.items()])
+    labels = np.concatenate([read_shard(folder, f"{name}.labels.npy", note) for name, note in notes.items()])
     if not len(labels):
         raise UserError(f"{index.folder}: no sample has a label under {label_key!r}. Name another --label-key.")
     return torch.from_numpy(features).to(device), torch.from_numpy(labels).to(device)
@@ -98,10 +105,7 @@ def class_names(options: Options, num_classes: int) -> list[str]:
     """Names for the plot; numbers where none are given."""
     if options.classes is None:
         return [str(label) for label in range(num_classes)]
-    try:
-        names = json.loads(options.classes.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"--classes {options.classes} is not a readable JSON file.") from None
+    names = read_json(options.classes, "--classes takes a JSON list of names.")
     if not isinstance(names, list) or len(names) < num_classes:
         raise UserError(f"--classes {options.classes} must be a list of at least {num_classes} names.")
     return [str(name) for name in names]
@@ -123,6 +127,7 @@ def run(options: Options, context: runner.Context) -> None:
             "pixels": asdict(encoder.pixels),
             "label_key": options.label_key,
             "seed": options.seed,
+            "num_splits": options.num_splits,
         },
         inputs={"train_index": train.manifest.fingerprint, "test_index": test.manifest.fingerprint},
         files={},
@@ -137,20 +142,29 @@ def run(options: Options, context: runner.Context) -> None:
         return
     encoder.to(context.device)
     features = options.out / "features"
-    for split, index in (("train", train), ("test", test)):
+    train_notes, test_notes = (
         compute_features(encoder, index, features / split, options, context, weights)
+        for split, index in (("train", train), ("test", test))
+    )
     if context.group.is_main:
         key, device = options.label_key, context.device
-        train_ND, train_labels_N = read_features(train, features / "train", key, device)
-        test_MD, test_labels_M = read_features(test, features / "test", key, device)
+        train_ND, train_labels_N = read_features(train, features / "train", train_notes, key, device)
+        test_MD, test_labels_M = read_features(test, features / "test", test_notes, key, device)
         num_classes = int(train_labels_N.max()) + 1
+        if num_classes > len(train_labels_N):
+            raise UserError(
+                f"{options.train_index} has label {num_classes - 1}, but only {len(train_labels_N)} labelled images: "
+                f"{key!r} holds no class numbers. Name another --label-key."
+            )
         if int(test_labels_M.max()) >= num_classes:
             raise UserError(f"{options.test_index} has label {int(test_labels_M.max())}, which no training image has.")
         ks = usable_ks(len(train_ND))
         knn = weighted_knn(train_ND, train_labels_N, test_MD, test_labels_M, num_classes, ks)
         generator = torch.Generator().manual_seed(options.seed)
-        probe = linear_probe(train_ND, train_labels_N, test_MD, test_labels_M, num_classes, generator)
-        write_results(options, encoder, knn, probe, wanted, class_names(options, num_classes))
+        probe = linear_probe(
+            train_ND, train_labels_N, test_MD, test_labels_M, num_classes, generator, options.num_splits
+        )
+        write_results(options, encoder, knn, probe, len(train_ND), wanted, class_names(options, num_classes))
     context.group.barrier()
 
 
@@ -159,6 +173,7 @@ def write_results(
     encoder: Encoder,
     knn: dict[int, float],
     probe: ProbeResult,
+    num_train: int,
     wanted: EvaluationManifest,
     names: list[str],
 ) -> None:
@@ -172,23 +187,33 @@ def write_results(
         "knn_by_k": knn,
         "linear_probe": probe.accuracy,
         "linear_probe_se": probe.accuracy_se,
+        "linear_probe_test_se": probe.test_se,
+        "linear_probe_split_sd": probe.split_sd,
         "linear_probe_mean_per_class": probe.mean_per_class,
-        "l2": probe.l2,
-        "num_train": probe.num_fit + probe.num_val,
-        "num_test": len(probe.predictions_M),
+        "linear_probe_by_split": [{"l2": split.l2, "accuracy": split.accuracy} for split in probe.splits],
+        "converged": probe.num_unconverged == 0,
+        "num_train": num_train,
+        "num_test": probe.predictions_SM.shape[1],
     }
+    if probe.num_unconverged:
+        runner.logger.warning(
+            "evaluate: %d of %d fits of the linear probe did not converge: its accuracy is of unfinished fits.",
+            probe.num_unconverged,
+            probe.num_fits,
+        )
     files = {"report.json": write_json(options.out / "report.json", report)}
-    confusion_plot(probe, names[: len(probe.per_class_accuracy)], options.out / "confusion.png")
-    files["confusion.png"] = record_of(options.out / "confusion.png")
+    shown = names[: len(probe.per_class_accuracy)]
+    files["confusion.png"] = write_atomic(options.out / "confusion.png", lambda f: confusion_plot(probe, shown, f))
     scores = {"knn": {str(k): accuracy for k, accuracy in knn.items()}, "linear_probe": probe.accuracy}
     write_manifest(options.out, wanted.model_copy(update={"files": files, **scores}))
     runner.logger.info(
-        "evaluate: %s: kNN %.1f%%, linear probe %.1f%% +- %.1f (%d test images)",
+        "evaluate: %s: kNN %.1f%%, linear probe %.1f%% +- %.1f (%d test images, %d validation splits)",
         encoder.name,
         100 * headline,
         100 * probe.accuracy,
         100 * probe.accuracy_se,
         report["num_test"],
+        len(probe.splits),
     )
 
 

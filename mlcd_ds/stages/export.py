@@ -15,10 +15,10 @@ from pathlib import Path
 from pydantic import Field
 from safetensors.torch import save
 
-from mlcd_ds.artefacts.files import sha256_of, write_atomic, write_json
+from mlcd_ds.artefacts.files import write_atomic, write_json
 from mlcd_ds.artefacts.manifest import Manifest, library_versions, write_manifest
 from mlcd_ds.data.pixels import CLIP_MEAN, CLIP_STD
-from mlcd_ds.engine.weights import Weights, backbone_path, load_backbone, newest_checkpoint, read_checkpoint
+from mlcd_ds.engine.weights import Weights, backbone_record, load_backbone, newest_checkpoint, read_checkpoint
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.convert import to_vision_model, vision_config
 from mlcd_ds.models.open_clip import open_clip_config, to_open_clip
@@ -71,7 +71,7 @@ def run(options: Options, context: runner.Context) -> None:
     wanted = ExportManifest(
         stage="export",
         parameters={"step": checkpoint.step, "weights": options.weights},
-        inputs={"backbone": sha256_of(backbone_path(folder, options.weights))},
+        inputs={"backbone": backbone_record(folder, options.weights)[1].sha256},
         files={},
         versions=library_versions(),
         step=checkpoint.step,

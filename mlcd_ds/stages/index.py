@@ -1,8 +1,8 @@
 """Index WebDataset shards: find every usable sample, and every bad one, once.
 
 Each image is decoded by DALI, the decoder that training uses, so that a broken one is found here and never later.
-Writes, per shard, a DALI index (`NAME.idx`) and the image sizes, and for the set `dropped.json`: which samples were
-left out, and why. The shards themselves are only read.
+Writes, per shard, a DALI index (`NAME.idx`), the image sizes and checksums, and for the set `dropped.json`: which
+samples were left out, and why. The shards themselves are only read.
 
   mlcd index --shards 'laion/part-*/*.tar' --out runs/laion/index
   srun mlcd index ...        the same, with the shards dealt over the tasks
@@ -15,11 +15,14 @@ from __future__ import annotations
 import glob
 import io
 import os
+import stat
 import tarfile
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -27,14 +30,17 @@ from pydantic import Field
 
 from mlcd_ds.artefacts.files import FileRecord, write_atomic, write_json
 from mlcd_ds.artefacts.manifest import library_versions, write_manifest
+from mlcd_ds.artefacts.readers import brief
+from mlcd_ds.artefacts.typed import MAX_THREADS
 from mlcd_ds.data.dali import decoded_sizes
 from mlcd_ds.data.shard_index import (
-    IMAGE_EXTENSIONS,
+    ENDINGS,
     TAR_BLOCK,
     IndexManifest,
     Member,
     ShardEntry,
     format_idx,
+    member_kind,
     split_name,
 )
 from mlcd_ds.errors import UserError
@@ -51,7 +57,7 @@ class Options(runner.StageOptions):
 
     shards: tuple[str, ...] = Field(description="tars to index: paths or quoted glob patterns", min_length=1)
     max_megapixels: float = Field(50.0, gt=0, description="drop larger images (their decoding would exhaust memory)")
-    num_threads: int = Field(2, ge=1, description="decoding threads of a rank")
+    num_threads: int = Field(2, ge=1, le=MAX_THREADS, description="decoding threads of a rank")
     skip_unreadable_shards: bool = Field(False, description="leave out tars that are broken, instead of failing")
 
 
@@ -59,7 +65,8 @@ def find_shards(patterns: tuple[str, ...]) -> dict[str, Path]:
     """Unique name -> path of every tar, in sorted order. Names keep what differs in the paths."""
     paths: list[Path] = []
     for pattern in patterns:
-        found = sorted(Path(match).resolve() for match in glob.glob(pattern, recursive=True))
+        # Not Path.resolve, which raises where links go in a circle.
+        found = sorted(Path(os.path.realpath(match)) for match in glob.glob(pattern, recursive=True))
         if not found:
             raise UserError(f"--shards {pattern!r} matches no file (from {Path.cwd()}).")
         paths += found
@@ -76,21 +83,58 @@ def find_shards(patterns: tuple[str, ...]) -> dict[str, Path]:
     return named
 
 
+def stamp_of(path: Path) -> tuple[int, int] | None:
+    """Size and time of change of a regular file; None for all else (a folder, a pipe, a link to nothing)."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+
+
 class Sample:
-    """Members of one key, in the order of the tar, and the image's bytes."""
+    """Members of one key in the order of the tar, the image's bytes, and the CRC-32 of image, caption and metadata."""
 
     def __init__(self, key: str) -> None:
         self.key = key
         self.members: list[Member] = []
         self.image: bytes | None = None
+        self.crcs = [0, 0, 0]
+        self.is_sparse = False
+
+
+@contextmanager
+def damaged_headers() -> Iterator[None]:
+    """Whatever tarfile raises for damaged extended headers, many kinds, as its own error."""
+    try:
+        yield
+    except (tarfile.TarError, OSError):
+        raise
+    except Exception as error:
+        raise tarfile.ReadError(f"damaged header: {brief(error)}") from None
+
+
+def sound_members(archive: tarfile.TarFile, num_bytes: int) -> Iterator[tarfile.TarInfo]:
+    """Members of a tar of `num_bytes`. tarfile.ReadError for headers that no such tar can have."""
+    while True:
+        with damaged_headers():
+            info = archive.next()
+        if info is None:
+            return
+        # A sparse file takes less room than it has bytes.
+        if info.size < 0 or (not info.issparse() and info.isreg() and info.offset_data + info.size > num_bytes):
+            raise tarfile.ReadError(f"{readable(info.name)!r} claims {info.size} bytes at byte {info.offset_data}")
+        yield info
 
 
 def read_samples(path: Path) -> Iterator[Sample]:
     """Samples of a tar, as runs of members with the same key. Only regular files with an extension count; nothing is
     written to disk. A tar without its end-of-archive mark was cut short: tarfile.ReadError."""
     sample: Sample | None = None
-    with tarfile.open(path, "r:") as archive:
-        for info in archive:
+    with damaged_headers():
+        opened = tarfile.open(path, "r:")  # reads the first header
+    with opened as archive:
+        for info in sound_members(archive, path.stat().st_size):
             key, extension = split_name(info.name)
             if not info.isreg() or not extension:
                 continue
@@ -99,14 +143,25 @@ def read_samples(path: Path) -> Iterator[Sample]:
                 if sample is not None:
                     yield sample
                 sample = Sample(key)
-            sample.members.append(Member(extension, info.offset_data, info.size, info.name))
-            if extension in IMAGE_EXTENSIONS and sample.image is None:
-                sample.image = archive.extractfile(info).read()  # type: ignore[union-attr]
+            add_member(sample, archive, info, extension)
         if sample is not None:
             yield sample
-        archive.fileobj.seek(archive.offset)  # tarfile stops at a bad header as it does at the end
-        if archive.fileobj.read(TAR_BLOCK) != bytes(TAR_BLOCK):
+        archive.fileobj.seek(archive.offset)  # type: ignore[union-attr]  # tarfile stops at a bad header as at the end
+        if archive.fileobj.read(TAR_BLOCK) != bytes(TAR_BLOCK):  # type: ignore[union-attr]
             raise tarfile.ReadError(f"neither a member nor the end of the archive at byte {archive.offset}")
+
+
+def add_member(sample: Sample, archive: tarfile.TarFile, info: tarfile.TarInfo, extension: str) -> None:
+    """Add a member to its sample; what stages read later is read here, too."""
+    kind = member_kind(extension)
+    is_first = all(member_kind(member.extension) != kind for member in sample.members)
+    sample.members.append(Member(extension, info.offset_data, info.size, info.name))
+    sample.is_sparse |= info.issparse()
+    if kind is not None and is_first and not sample.is_sparse:
+        content = archive.extractfile(info).read()  # type: ignore[union-attr]
+        sample.crcs[kind] = zlib.crc32(content)
+        if kind == 0:
+            sample.image = content
 
 
 def readable(name: str) -> str:
@@ -120,6 +175,8 @@ def header_problem(sample: Sample, seen: set[str], max_pixels: float) -> str | N
         return "duplicate key"
     if sample.key.startswith("/") or ".." in sample.key.split("/"):
         return "key leads out of the folder"
+    if sample.is_sparse:
+        return "sparse member"  # its bytes do not lie in one piece
     if sample.image is None:
         return "no image"
     if any(member.name != readable(member.name) for member in sample.members):
@@ -147,6 +204,7 @@ class ShardScan:
         self._pending_bytes = 0
         self.usable: list[list[Member]] = []
         self.sizes: list[tuple[int, int]] = []
+        self.crcs: list[list[int]] = []
         self.dropped: list[tuple[str, str]] = []
         self.num_captions = 0
 
@@ -173,25 +231,38 @@ class ShardScan:
                 continue
             self.usable.append(sample.members)
             self.sizes.append(size)
+            self.crcs.append(sample.crcs)
             self.num_captions += any(member.extension == "txt" for member in sample.members)
         self._pending.clear()
         self._pending_bytes = 0
 
 
-def index_shard(name: str, path: Path, options: Options) -> tuple[dict[str, FileRecord], dict[str, Any]]:
+def index_shard(
+    name: str, path: Path, stamp: tuple[int, int] | None, options: Options
+) -> tuple[dict[str, FileRecord], dict[str, Any]]:
     """Index one tar. A tar that cannot be read to its end gives no files and a summary that says why."""
+    if stamp is None:
+        return {}, {"unreadable": f"{path}: not a regular file"}
     scan = ShardScan(options)
     try:
         scan.run(path)
     except (tarfile.TarError, EOFError, OSError) as error:
         return {}, {"unreadable": f"{path}: {error}"}
+    if stamp_of(path) != stamp:
+        return {}, {"unreadable": f"{path}: it was changed while it was read"}
     sizes_N2 = np.array(scan.sizes, dtype=np.int32).reshape(-1, 2)
+    crc_N3 = np.array(scan.crcs, dtype=np.uint32).reshape(-1, 3)
+    writers: tuple[Callable[[BinaryIO], object], ...] = (
+        lambda file: file.write(format_idx(scan.usable)),
+        lambda file: np.save(file, sizes_N2),
+        lambda file: np.save(file, crc_N3),
+    )
     files = {
-        f"{name}.idx": write_atomic(options.out / f"{name}.idx", lambda file: file.write(format_idx(scan.usable))),
-        f"{name}.sizes.npy": write_atomic(options.out / f"{name}.sizes.npy", lambda file: np.save(file, sizes_N2)),
+        f"{name}{ending}": write_atomic(options.out / f"{name}{ending}", write)
+        for ending, write in zip(ENDINGS, writers, strict=True)
     }
     summary = {"num_images": len(scan.usable), "num_captions": scan.num_captions, "dropped": scan.dropped}
-    return files, {**summary, "bytes": path.stat().st_size}
+    return files, {**summary, "bytes": stamp[0]}
 
 
 def run(options: Options, context: runner.Context) -> None:
@@ -200,9 +271,9 @@ def run(options: Options, context: runner.Context) -> None:
     parameters = options.model_dump(
         mode="json", exclude={"out", "dry_run", "overwrite", "num_threads", "shards", "skip_unreadable_shards"}
     )
-    sizes = {name: path.stat().st_size for name, path in paths.items()}
-    keys = {name: work_key("index", parameters, name, size) for name, size in sizes.items()}
-    parameters["shards"] = work_key(sizes)  # a changed shard set is another work
+    stamps = {name: stamp_of(path) for name, path in paths.items()}
+    keys = {name: work_key("index", parameters, paths[name], stamp) for name, stamp in stamps.items()}
+    parameters["shards"] = work_key(keys)  # another set of shards, in another place or changed since, is another work
     wanted = IndexManifest(
         stage="index",
         parameters=parameters,
@@ -216,14 +287,15 @@ def run(options: Options, context: runner.Context) -> None:
     )
     if runner.already_done(options, context, IndexManifest, wanted):
         return
-    runner.logger.info("index: %d shards, %.1f MB -> %s", len(paths), sum(sizes.values()) / 1e6, options.out)
+    num_bytes = sum(stamp[0] for stamp in stamps.values() if stamp)
+    runner.logger.info("index: %d shards, %.1f MB -> %s", len(paths), num_bytes / 1e6, options.out)
     if options.dry_run:
         return
     notes = for_each_shard(
         context,
         options.out,
         keys,
-        lambda name: index_shard(name, paths[name], options),
+        lambda name: index_shard(name, paths[name], stamps[name], options),
         what="index",
         redo=options.overwrite,
     )

@@ -174,17 +174,22 @@ def clustering_lines(num_images: int, num_centers: int, dim: int, num_ranks: int
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a number from 1 on")
+    """A whole number from 1 to 10^12."""
+    if not 1 <= (value := int(text)) <= 10**12:
+        raise argparse.ArgumentTypeError(f"{value} is not a number from 1 to 10^12")
     return value
 
 
-def build_parser() -> argparse.ArgumentParser:
+def share(text: str) -> float:
+    """A number above 0 and up to 1."""
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0 and up to 1")
+    return value
+
+
+def build_parser() -> runner.Parser:
     """The command line of `mlcd plan`."""
-    parser = argparse.ArgumentParser(
-        prog="mlcd plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runner.Parser(prog="mlcd plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys, such as train.recompute=mlp")
     parser.add_argument("--recipe", default="vit_l_14", help=f"name or file (there are {', '.join(recipe_names())})")
     parser.add_argument("--gpus", type=positive, default=80, help="how many (default: %(default)s)")
@@ -196,7 +201,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-centers", type=positive, default=1_000_000, help="classes (default: %(default)s)")
     parser.add_argument("--num-images", type=positive, default=400_000_000, help="to cluster (default: %(default)s)")
     parser.add_argument("--embedding-dim", type=positive, default=768, help="of the teacher (default: %(default)s)")
-    parser.add_argument("--mfu", type=float, help="share of the peak that your runs reach, such as 0.41")
+    parser.add_argument("--mfu", type=share, help="share of the peak that your runs reach, such as 0.41")
     return parser
 
 

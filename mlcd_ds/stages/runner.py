@@ -10,28 +10,34 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 
-from mlcd_ds.artefacts.manifest import MANIFEST_NAME, Manifest, ManifestType, read_manifest
-from mlcd_ds.artefacts.typed import Frozen
+from mlcd_ds.artefacts.files import remove_file
+from mlcd_ds.artefacts.manifest import MANIFEST_NAME, Manifest, ManifestType, read_manifest, refuse_foreign_folder
+from mlcd_ds.artefacts.readers import check_size
+from mlcd_ds.artefacts.typed import Frozen, shown
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.launch import DEFAULT_TIMEOUT_S, detect_launch, device_of, process_group
-from mlcd_ds.errors import UserError
+from mlcd_ds.distributed.told_once import is_first_to_tell
+from mlcd_ds.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, INTERRUPTED, UserError, one_line
+from mlcd_ds.stages.os_errors import explain
 
 logger = logging.getLogger("mlcd_ds")
-EXIT_BAD_INPUT = 2
 # Ranks that have done their shards wait for the slowest; the launcher, not this timeout, detects dead ranks.
 STAGE_TIMEOUT_S = 7 * 86_400.0
+EXIT_PEER_ENDED = 1
+PEER_ENDED = ("closed by peer", "reset by peer", "Broken pipe")  # gloo's words in a collective
 
 
 class StageOptions(Frozen):
@@ -75,15 +81,30 @@ def unwrap_optional(annotation: Any) -> Any:
     return annotation
 
 
-def build_parser(options_type: type[StageOptions], name: str, description: str) -> argparse.ArgumentParser:
+def is_main_rank() -> bool:
+    """Whether this rank is the one that speaks of what is the same on all."""
+    try:
+        return detect_launch().is_main
+    except UserError:
+        return True
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are short, and told by one rank."""
+
+    def error(self, message: str) -> NoReturn:
+        if not is_main_rank():
+            sys.exit(EXIT_BAD_INPUT)
+        super().error(one_line(message))
+
+
+def build_parser(options_type: type[StageOptions], name: str, description: str) -> Parser:
     """A flag for every field of the options; the fields' descriptions are the help."""
-    parser = argparse.ArgumentParser(
-        prog=f"mlcd {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=f"mlcd {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment rules
     for key, field in options_type.model_fields.items():
         annotation, text = unwrap_optional(field.annotation), (field.description or "").replace("%", "%%")
-        flag = "--" + key.replace("_", "-")
+        flag = flag_of(key)
         if annotation is bool:
             parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
             continue
@@ -102,18 +123,23 @@ def build_parser(options_type: type[StageOptions], name: str, description: str) 
     return parser
 
 
-def parse_options(
-    options_type: type[OptionsType], parser: argparse.ArgumentParser, argv: list[str] | None
-) -> OptionsType:
-    """Parse and validate; a bad value ends the program with one line per problem and status 2."""
+def parse_options(options_type: type[OptionsType], parser: Parser, argv: list[str] | None) -> OptionsType:
+    """Parse and validate; a bad value ends the program with one message and status 2."""
     values = vars(parser.parse_args(argv))
     values.pop("local_rank", None)
+    empty = [flag_of(key) for key, value in values.items() if value == ""]
+    if empty:
+        parser.error(f"{', '.join(empty)}: the value is empty")
     try:
         return options_type(**values)
     except ValidationError as error:
-        flags = ["--" + str(problem["loc"][0]).replace("_", "-") for problem in error.errors()]
-        problems = [f"{flag} {e['input']!r}: {e['msg']}" for flag, e in zip(flags, error.errors(), strict=True)]
+        problems = [f"{flag_of(str(e['loc'][0]))} {shown(e['input'])}: {e['msg']}" for e in error.errors()]
         parser.error("; ".join(problems))
+
+
+def flag_of(key: str) -> str:
+    """The flag of a field: num_threads is --num-threads."""
+    return "--" + key.replace("_", "-")
 
 
 def main(
@@ -129,7 +155,11 @@ def main(
 
 
 def guarded(run: Callable[[Context], int | None], timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
-    """Run with a process group whose collectives wait `timeout_s`; a UserError becomes one message and status 2."""
+    """Run with a process group whose collectives wait `timeout_s`.
+
+    A UserError, and what the system refuses about a file, become one message and status 2; Ctrl-C one and status 130.
+    A rank whose peer ended says so. All else is a fault of ours and keeps its stack trace.
+    """
     status = EXIT_BAD_INPUT
     try:
         launch = detect_launch()
@@ -137,8 +167,22 @@ def guarded(run: Callable[[Context], int | None], timeout_s: float = DEFAULT_TIM
         with process_group(launch, timeout_s) as group:
             status = run(Context(group, device_of(launch))) or 0
     except UserError as error:
-        configure_logging(is_main=False)
-        logger.error("error: %s", error)
+        refuse(str(error))
+    except OSError as error:
+        message = explain(error)
+        if message is None:
+            raise
+        refuse(one_line(message))
+    except RuntimeError as error:
+        if not any(text in str(error) for text in PEER_ENDED):
+            raise
+        status = EXIT_PEER_ENDED
+        logger.info("another rank ended first; it says why")
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # launchers send it again
+        status = EXIT_INTERRUPTED
+        if is_main_rank():
+            logger.error(INTERRUPTED)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Among many, the process ends here: after an error peers may wait in a collective, and after success gloo's
         # threads now and then abort while the interpreter is taken down.
@@ -148,15 +192,23 @@ def guarded(run: Callable[[Context], int | None], timeout_s: float = DEFAULT_TIM
     return status
 
 
+def refuse(message: str) -> None:
+    """Say what is wrong, once for all ranks."""
+    configure_logging(is_main=False)
+    if is_first_to_tell(message):
+        logger.error("error: %s", message)
+
+
 def already_done(options: StageOptions, context: Context, kind: type[ManifestType], wanted: Manifest) -> bool:
     """Whether `options.out` holds this stage's finished work with the same inputs and parameters.
 
     Raises UserError when it holds a finished work with others, unless --overwrite was given. Reads the same on every
     rank. Files are compared by size here; whoever reads them compares their checksums.
     """
+    refuse_foreign_folder(options.out, wanted.stage)
     if options.overwrite and not options.dry_run:
         if context.group.is_main:  # without it the folder is unfinished, should this run be interrupted
-            (options.out / MANIFEST_NAME).unlink(missing_ok=True)
+            remove_file(options.out / MANIFEST_NAME)
         return False
     if options.overwrite or not (options.out / MANIFEST_NAME).exists():
         return False
@@ -167,13 +219,11 @@ def already_done(options: StageOptions, context: Context, kind: type[ManifestTyp
     for key in sorted({*found.parameters, *parameters}):
         was, now = found.parameters.get(key), parameters.get(key)
         if was != now:
-            raise UserError(f"{path} was made with {key}={was!r}, now {key}={now!r}. {fix}")
+            raise UserError(f"{path} was made with {key}={shown(was)}, now {key}={shown(now)}. {fix}")
     for role in wanted.inputs:
         if found.inputs.get(role) != wanted.inputs[role]:
             raise UserError(f"{path} was made from other {role} than those given now. {fix}")
     for name, record in found.files.items():
-        file = options.out / name
-        if not file.exists() or file.stat().st_size != record.bytes:
-            raise UserError(f"{file} is missing or has another size than {path} says. Pass --overwrite to redo it.")
+        check_size(options.out / name, record, "Pass --overwrite to redo it.")
     logger.info("%s: done already, nothing to do (%s)", wanted.stage, options.out)
     return True

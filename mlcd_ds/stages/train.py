@@ -18,13 +18,22 @@ from pathlib import Path
 import torch
 
 from mlcd_ds.artefacts.files import record_of, write_atomic
-from mlcd_ds.artefacts.manifest import MANIFEST_NAME, Manifest, library_versions, read_manifest, write_manifest
+from mlcd_ds.artefacts.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    library_versions,
+    read_manifest,
+    refuse_foreign_folder,
+    write_manifest,
+)
+from mlcd_ds.artefacts.readers import check_record
 from mlcd_ds.config import Recipe, changed_keys, dump_recipe, load_recipe, recipe_names, with_precision
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.loader import StreamSlice
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.ds_config import (
+    check_filled_config,
     check_zero_section,
     fill_ds_config,
     read_ds_config,
@@ -35,8 +44,16 @@ from mlcd_ds.distributed.stopping import EXIT_REQUEUE, StopRequest
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.tensor_parallel import autotp_section
 from mlcd_ds.engine.trainer import Trainer
-from mlcd_ds.engine.weights import CHECKPOINT_NAME, CONFIG_NAME, checkpoint_folders, read_run_recipe
+from mlcd_ds.engine.weights import (
+    CHECKPOINT_NAME,
+    CONFIG_NAME,
+    checkpoint_folders,
+    missing_file,
+    read_checkpoint,
+    read_run_recipe,
+)
 from mlcd_ds.errors import UserError
+from mlcd_ds.heads.choose_exp_block import check_kernel
 from mlcd_ds.heads.class_sampling import num_sampled
 from mlcd_ds.heads.class_shards import class_range
 from mlcd_ds.heads.groups import num_class_shards
@@ -73,11 +90,9 @@ class TrainManifest(Manifest):
     step: int
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> runner.Parser:
     """The command line of `mlcd train`."""
-    parser = argparse.ArgumentParser(
-        prog="mlcd train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runner.Parser(prog="mlcd train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys, such as train.steps=1000")
     parser.add_argument(
         "--recipe", default="demo", help=f"name or YAML file (default: demo; there are {', '.join(recipe_names())})"
@@ -176,6 +191,7 @@ def describe(
 
 def claim_folder(recipe: Recipe, context: runner.Context) -> None:
     """Make the run's folder ours: write its config, or check that the one there is of the same run."""
+    refuse_foreign_folder(recipe.train.out, "train", "train.out")
     path = recipe.train.out / CONFIG_NAME
     if path.exists():
         before = read_run_recipe(recipe.train.out)
@@ -193,9 +209,11 @@ def run(args: argparse.Namespace, context: runner.Context) -> int:
     recipe = load_recipe(args.recipe, (*args.overrides, *given))
     given_config = read_ds_config(args.deepspeed_config)
     recipe = with_precision(recipe, stated_precision(given_config, args.deepspeed_config))
+    check_kernel(recipe.head.kernel, context.device.type)
     layout = read_layout(given_config, args.deepspeed_config, context.group.size)
     batch_slice = plan_batches(recipe, layout, context.group.rank)
     ds_config = resolve_ds_config(given_config, args.deepspeed_config, recipe, layout, batch_slice)
+    check_filled_config(ds_config, args.deepspeed_config)
     if args.dry_run:
         describe(recipe, ds_config, layout, batch_slice, context)
         return 0
@@ -234,10 +252,23 @@ def run_inputs(index: ShardIndex, labels: LabelStore) -> dict[str, str]:
 
 
 def is_done(recipe: Recipe, index: ShardIndex, labels: LabelStore) -> bool:
-    """Whether the run is finished, on the same inputs. Its recipe was compared by `claim_folder`."""
-    if not (recipe.train.out / MANIFEST_NAME).exists():
+    """Whether the run is finished, on the same inputs. Its recipe was compared by `claim_folder`.
+
+    UserError when its last checkpoint is gone: checkpoint.json is compared by checksum, its files by size.
+    """
+    out = recipe.train.out
+    if not (out / MANIFEST_NAME).exists():
         return False
-    return read_manifest(recipe.train.out, TrainManifest, "train").inputs == run_inputs(index, labels)
+    manifest = read_manifest(out, TrainManifest, "train")
+    if manifest.inputs != run_inputs(index, labels):
+        return False
+    fix = f"Put it back, or remove {out / MANIFEST_NAME} to train again from the newest checkpoint."
+    for name, record in manifest.files.items():
+        check_record(out / name, record, fix)
+        folder = (out / name).parent
+        if missing := missing_file(folder, read_checkpoint(folder)):
+            raise UserError(f"{missing} is missing or was cut, though the run is finished. {fix}")
+    return True
 
 
 def write_train_manifest(recipe: Recipe, index: ShardIndex, labels: LabelStore) -> None:

@@ -27,7 +27,7 @@ from mlcd_ds.engine import training_state
 from mlcd_ds.engine.checkpoint import Checkpointer
 from mlcd_ds.engine.layout import Layout
 from mlcd_ds.engine.optimizer import backbone_optimizer, head_optimizer
-from mlcd_ds.heads import state as head_state
+from mlcd_ds.heads import head_state
 from mlcd_ds.heads.groups import make_head_groups
 from mlcd_ds.heads.partial_fc import PartialFCHead
 from mlcd_ds.models.vit import ViT

@@ -71,10 +71,10 @@ def test_what_does_not_fit_is_named(released: tuple[Path, ViT], tmp_path: Path) 
         load_released(folder, make_model(CONFIG.model_copy(update={"width": 64}), 2))
     with pytest.raises(UserError, match=r"has activation quick_gelu, model.activation is gelu"):
         load_released(folder, make_model(CONFIG.model_copy(update={"activation": "gelu"}), 2))
-    with pytest.raises(UserError, match=r"train.init_from .*nowhere cannot be read"):
+    with pytest.raises(UserError, match=r"nowhere/config.json is missing. train.init_from takes"):
         load_released(tmp_path / "nowhere", make_model(CONFIG, 2))
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:100])
-    with pytest.raises(UserError, match=r"train.init_from .*broken cannot be read"):
+    with pytest.raises(UserError, match=r"broken/model.safetensors cannot be read: .* train.init_from takes"):
         load_released(broken, make_model(CONFIG, 2))

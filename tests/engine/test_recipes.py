@@ -149,7 +149,7 @@ def test_keys_of_the_recipe_are_refused(tmp_path: Path, key: str) -> None:
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_ds_config(tmp_path / "absent.json")
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_ds_config(write(tmp_path, "{"))
 
 
@@ -211,7 +211,7 @@ def test_a_value_where_a_section_belongs_is_named(section: dict[str, Any]) -> No
 
 
 def test_a_config_that_is_no_mapping_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="mapping"):
+    with pytest.raises(UserError, match="must hold a JSON object"):
         read_ds_config(write(tmp_path, "[1]"))
 
 
@@ -250,6 +250,26 @@ def test_dump_and_load_round_trip(tmp_path: Path) -> None:
         ({"model": {"patch_size": 15}}, "image_size 32 is not a multiple of patch_size 15"),
         ({"objective": {"scale": 76.0}}, "objective.scale.*75"),
         ({"objective": {"name": "unicom", "num_labels": 8}}, "unicom takes one label"),
+        ({"optimizer": {"betas": [1.5, 0.9]}}, r"optimizer.betas.0: .*less than 1 \(got 1.5"),
+        ({"optimizer": {"betas": [0.9]}}, "optimizer.betas"),
+        ({"optimizer": {"lr": math.nan}}, r"optimizer.lr: .*finite number \(got nan"),
+        ({"optimizer": {"clip_norm": math.inf}}, "optimizer.clip_norm: .*finite number"),
+        (
+            {"data": {"augment": {"crop_area": [1.5, 2]}}},
+            r"data.augment: crop_area is \[1.5, 2.0\].*up to 1",
+        ),
+        ({"data": {"augment": {"crop_area": [0, 0]}}}, r"crop_area is \[0.0, 0.0\]"),
+        ({"data": {"augment": {"crop_area": [1, 0.5]}}}, r"crop_area is \[1.0, 0.5\]: give the smaller number first"),
+        ({"data": {"augment": {"crop_area": []}}}, "crop_area"),
+        ({"data": {"augment": {"crop_aspect": [-1, 1]}}}, r"crop_aspect is \[-1.0, 1.0\]"),
+        ({"data": {"augment": {"crop_aspect": [0, 1]}}}, r"crop_aspect is \[0.0, 1.0\]"),
+        ({"data": {"num_threads": 100_000}}, "data.num_threads: .*512"),
+        ({"data": {"index": "a\0b"}}, "data.index: no file can have this name"),
+        ({"train": {"steps": 10**10}}, "train.steps"),
+        ({"train": {"global_batch": 10**9}}, "train.global_batch"),
+        ({"model": {"image_size": 10**9}}, "model.image_size"),
+        ({"model": {"depth": 10**6}}, "model.depth"),
+        ({"model": {"image_size": 4096, "patch_size": 8}}, "262144 patches, more than 65,536: raise patch_size"),
     ],
 )
 def test_a_bad_recipe_names_place_and_fix(sections: dict[str, Any], message: str) -> None:
@@ -294,7 +314,7 @@ def test_recipe_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     with pytest.raises(UserError, match=r"no such file, and not one of demo"):
         load_recipe("nosuch")
-    for text, message in [("a: [", "not valid YAML"), ("- 1", "must hold a mapping"), ("", "must hold a mapping")]:
+    for text, message in [("a: [", "cannot be read"), ("- 1", "must hold a mapping"), ("", "must hold a mapping")]:
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             load_recipe(str(path))
@@ -303,6 +323,39 @@ def test_recipe_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         load_recipe(str(path))
     with pytest.raises(UserError, match=r"train\.steps"):
         load_recipe(str(path), ("train.steps=3x",))
+
+
+ALIAS_BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(['*' + before] * 8)}]\n" for before, name in itertools.pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (ALIAS_BOMB.encode(), "aliases"),
+        (b"train: {steps: 1, steps: 2}", "'steps' is given twice"),
+        (b"description: \xff\xfe", "cannot be read"),
+        (b"train: {steps: " + b"9" * 5000 + b"}", "cannot be read"),
+        (b"train: {steps: 0x" + b"f" * 5000 + b"}", "a very long dict"),
+        (b"x" * 100_000 + b": 1", "xxxxx"),
+        (b"description: [" + b"[1]," * 5000 + b"]", "description"),
+        (None, "Is a directory"),
+    ],
+)
+def test_strange_recipe_files_get_one_short_message(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(str(path))
+    assert str(path) in str(caught.value) and len(str(caught.value)) < 1000 and "\n" not in str(caught.value)
+
+
+def test_compiled_blocks_are_not_for_stage_3() -> None:
+    recipe = load_recipe("demo", ("train.compile=true",))
+    with pytest.raises(UserError, match=r"train.compile is not for ZeRO stage 3.*take stage 1 or 2"):
+        plan_batches(recipe, Layout(2, 1, 3), 0)
+    assert plan_batches(recipe, Layout(2, 1, 2), 0).streams
 
 
 def test_changed_keys_are_dotted() -> None:

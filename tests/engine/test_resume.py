@@ -171,6 +171,40 @@ def test_a_damaged_checkpoint_is_named_with_the_fix(bench: Bench, copy: str, nam
     assert str(newest / name) in message and f"Remove {newest}" in message
 
 
+def test_a_half_deleted_checkpoint_is_set_aside(bench: Bench, uninterrupted: Path) -> None:
+    out = bench.folder / "half-deleted"
+    shutil.copytree(uninterrupted, out)
+    (out / "manifest.json").unlink()
+    newest = checkpoints(out)[-1]
+    (newest / "checkpoint.json").unlink()
+    training = bench.start("half-deleted", *LONG)
+    assert training.wait() == 0, training.text
+    assert f"{newest} has no checkpoint.json: it is set aside" in training.text
+    assert_same_end(out, uninterrupted)
+    (aside,) = (out / "checkpoints").glob(f"incomplete_{newest.name}_*")
+    assert (aside / "backbone.safetensors").exists()
+
+
+@pytest.mark.parametrize("gone", ["checkpoints", "checkpoint.json", "head"])
+def test_a_finished_run_without_its_last_checkpoint_is_not_done(bench: Bench, uninterrupted: Path, gone: str) -> None:
+    out = bench.folder / f"gone-{gone}"
+    shutil.copytree(uninterrupted, out)
+    newest = checkpoints(out)[-1]
+    if gone == "checkpoints":
+        shutil.rmtree(out / "checkpoints")
+    else:
+        (path,) = newest.glob(f"{gone}*")
+        path.unlink()
+    message = one_message(bench.start(out.name, *LONG))
+    assert str(newest) in message and "is missing" in message and f"remove {out / 'manifest.json'}" in message
+    if gone == "head":  # the advice holds: what is damaged is told, too
+        (out / "manifest.json").unlink()
+        shutil.rmtree(newest)
+        training = bench.start(out.name, *LONG)
+        assert training.wait() == 0, training.text
+        assert_same_end(out, uninterrupted)
+
+
 def test_another_number_of_ranks_goes_on(bench: Bench, copy: str) -> None:
     done = len(metrics(bench.folder / copy))
     overrides = ("train.steps=100000", "train.checkpoint_every=20", "train.keep_checkpoints=2", "head.parallel_size=1")
@@ -185,7 +219,7 @@ def test_another_number_of_ranks_goes_on(bench: Bench, copy: str) -> None:
 def test_a_checkpoint_of_an_earlier_version_is_told(bench: Bench, copy: str) -> None:
     newest = checkpoints(bench.folder / copy)[-1]
     content = json.loads((newest / "checkpoint.json").read_text())
-    del content["num_updates"], content["loss_scale"]
+    del content["num_updates"], content["loss_scale"], content["seal"]
     (newest / "checkpoint.json").write_text(json.dumps(content))
     load_backbone(newest)
     message = one_message(bench.start(copy, "train.steps=100000"))

@@ -1,9 +1,12 @@
+import statistics
+
 import pytest
 import torch
 from torch import Tensor
 
 from mlcd_ds.evaluation.accuracy import bootstrap_standard_error, confusion_matrix, per_class_accuracy
-from mlcd_ds.evaluation.linear_probe import L2_GRID, LogisticFit, fit_logistic, linear_probe, stratified_split
+from mlcd_ds.evaluation.linear_probe import L2_GRID, linear_probe, stratified_split
+from mlcd_ds.evaluation.logistic import fit_logistic
 
 
 def blobs(num: int, num_classes: int, width: int, distance: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -12,61 +15,6 @@ def blobs(num: int, num_classes: int, width: int, distance: float, seed: int = 0
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (num,), generator=generator)
     return means[labels] + torch.randn(num, width, generator=generator), labels
-
-
-def objective(parameters: Tensor, features: Tensor, labels: Tensor, num_classes: int, l2: float) -> Tensor:
-    """sum CE + l2 / 2 |W|^2 of the flat (W, b), written from the definition."""
-    width = features.shape[1]
-    weight, bias = parameters[: num_classes * width].reshape(num_classes, width), parameters[num_classes * width :]
-    logits = features @ weight.T + bias
-    nll = logits.logsumexp(1) - logits[torch.arange(len(labels)), labels]
-    return nll.sum() + l2 / 2 * weight.square().sum()
-
-
-def flat(fit: LogisticFit) -> Tensor:
-    return torch.cat([fit.weight_CD.flatten(), fit.bias_C])
-
-
-@pytest.mark.parametrize("l2", [1e-2, 1.0, 1e5])
-def test_fit_equals_newton(l2: float) -> None:
-    features, labels = blobs(60, 3, 4, 0.7)
-    features = features.double()
-    ours = flat(fit_logistic(features, labels, 3, l2, tolerance=1e-11))
-
-    def value(parameters: Tensor) -> Tensor:
-        return objective(parameters, features, labels, 3, l2)
-
-    newton = torch.zeros(15, dtype=torch.float64)
-    for _ in range(50):  # damped by the null direction of the bias only: adding a constant to it changes nothing
-        step = torch.linalg.pinv(torch.func.hessian(value)(newton), rtol=1e-13) @ torch.func.grad(value)(newton)
-        size = 1.0
-        while value(newton - size * step) > value(newton) and size > 1e-9:
-            size /= 2
-        newton = newton - size * step
-    ours[12:] -= ours[12:].mean()
-    newton[12:] -= newton[12:].mean()
-    assert (ours - newton).abs().max() < 1e-7
-    assert torch.func.grad(value)(ours).abs().max() < 1e-8 * (len(labels) + l2)  # measured 1e-9 of it
-    bad = flat(fit_logistic(features, labels, 3, l2 / 3, tolerance=1e-11))
-    assert torch.func.grad(value)(bad).abs().max() > 1e-7 * (len(labels) + l2), "known-bad twin: another l2"
-
-
-def test_warm_start_reaches_the_same_solution() -> None:
-    features, labels = blobs(80, 3, 6, 0.5)
-    features = features.double()
-    cold = fit_logistic(features, labels, 3, 0.1, tolerance=1e-10)
-    warm = fit_logistic(features, labels, 3, 0.1, fit_logistic(features, labels, 3, 10.0), tolerance=1e-10)
-    assert (cold.weight_CD - warm.weight_CD).abs().max() < 1e-6
-    assert fit_logistic(features, labels, 3, 0.1, cold, tolerance=1e-9).num_iterations == 0
-
-
-def test_float32_agrees_with_float64() -> None:
-    features, labels = blobs(200, 4, 10, 0.6)
-    single = fit_logistic(features, labels, 4, 1.0)
-    double = fit_logistic(features.double(), labels, 4, 1.0)
-    assert (single.weight_CD - double.weight_CD).abs().max() < 5e-3  # measured 7e-4
-    bad = fit_logistic(features, labels, 4, 2.0)
-    assert (bad.weight_CD - double.weight_CD).abs().max() > 3e-2, "known-bad twin: another l2"
 
 
 def test_separable_data_is_solved_and_the_curve_is_on_the_grid() -> None:
@@ -79,10 +27,12 @@ def test_separable_data_is_solved_and_the_curve_is_on_the_grid() -> None:
     )  # fmt: skip
     assert result.accuracy == result.mean_per_class == 1.0 and result.accuracy_se == 0.0
     assert result.per_class_accuracy == (1.0,) * 4
-    assert torch.equal(result.confusion_CC, torch.diag(torch.bincount(test_labels)))
-    assert sorted(seen) == list(result.validation_curve) and len(seen) <= 15
+    assert torch.equal(result.confusion_CC, 5 * torch.diag(torch.bincount(test_labels)))
+    curves = [split.validation_curve for split in result.splits]
+    assert sorted(seen) == sorted(sum(curves, ())) and len(seen) <= 5 * 15 and result.num_unconverged == 0
     assert {L2_GRID[0], L2_GRID[48], L2_GRID[96]} <= {l2 for l2, _ in seen} <= set(L2_GRID)
-    assert result.validation_accuracy == max(accuracy for _, accuracy in seen)
+    for split in result.splits:
+        assert split.validation_accuracy == max(accuracy for _, accuracy in split.validation_curve)
 
 
 def test_shuffled_labels_give_chance() -> None:
@@ -98,9 +48,10 @@ def test_the_sweep_chooses_by_validation_and_beats_its_ends() -> None:
     """Few noisy examples in many dimensions: neither no penalty nor a crushing one is best."""
     train, labels = blobs(300, 5, 200, 0.12)
     test, test_labels = blobs(1000, 5, 200, 0.12, seed=1)
-    result = linear_probe(train, labels, test, test_labels, 5, torch.Generator().manual_seed(0))
-    curve = dict(result.validation_curve)
-    assert 1e-2 < result.l2 < 1e5 and curve[result.l2] == max(curve.values()) > curve[L2_GRID[96]] + 0.1
+    result = linear_probe(train, labels, test, test_labels, 5, torch.Generator().manual_seed(0), num_splits=2)
+    for split in result.splits:
+        curve = dict(split.validation_curve)
+        assert 1e-2 < split.l2 < 1e5 and curve[split.l2] == max(curve.values()) > curve[L2_GRID[96]] + 0.1
     assert result.accuracy > 0.35
 
 
@@ -109,10 +60,11 @@ def test_neither_scale_nor_offset_of_the_features_matters() -> None:
     test, test_labels = blobs(200, 3, 12, 0.5, seed=1)
     plain, moved = (
         linear_probe(scale * train + shift, labels, scale * test + shift, test_labels, 3,
-                     torch.Generator().manual_seed(0))
+                     torch.Generator().manual_seed(0), num_splits=2)
         for scale, shift in ((1.0, 0.0), (64.0, 128.0))
     )  # fmt: skip
-    assert plain.l2 == moved.l2 and torch.equal(plain.predictions_M, moved.predictions_M)
+    assert [split.l2 for split in plain.splits] == [split.l2 for split in moved.splits]
+    assert torch.equal(plain.predictions_SM, moved.predictions_SM)
 
 
 def test_test_data_cannot_reach_training() -> None:
@@ -123,13 +75,40 @@ def test_test_data_cannot_reach_training() -> None:
     garbage = torch.cat([test, 1e3 * torch.ones(50, 12)])
     garbage_labels = torch.cat([test_labels, torch.zeros(50, dtype=torch.long)])
     dirty = linear_probe(train, labels, garbage, garbage_labels, 3, torch.Generator().manual_seed(0))
-    assert dirty.validation_curve == clean.validation_curve and dirty.l2 == clean.l2
-    assert torch.equal(dirty.predictions_M[:100], clean.predictions_M)
-    assert clean.num_fit + clean.num_val == 200
+    assert [(s.l2, s.validation_curve) for s in dirty.splits] == [(s.l2, s.validation_curve) for s in clean.splits]
+    assert torch.equal(dirty.predictions_SM[:, :100], clean.predictions_SM)
     again = linear_probe(train, labels, test, test_labels, 3, torch.Generator().manual_seed(0))
-    assert torch.equal(again.predictions_M, clean.predictions_M) and again.accuracy_se == clean.accuracy_se
+    assert torch.equal(again.predictions_SM, clean.predictions_SM) and again.accuracy_se == clean.accuracy_se
     other = linear_probe(train, labels, test, test_labels, 3, torch.Generator().manual_seed(1))
-    assert other.validation_curve != clean.validation_curve, "known-bad twin: another seed, another split"
+    assert other.splits != clean.splits, "known-bad twin: another seed, other splits"
+
+
+def test_the_error_includes_the_choice_of_the_split() -> None:
+    """Few validation examples choose different l2, and the accuracies differ by more than the test images tell."""
+    train, labels = blobs(60, 5, 200, 0.12)
+    test, test_labels = blobs(4000, 5, 200, 0.12, seed=1)
+    result = linear_probe(train, labels, test, test_labels, 5, torch.Generator().manual_seed(0))
+    correct = result.predictions_SM == test_labels
+    accuracies = [split.accuracy for split in result.splits]
+    assert accuracies == correct.double().mean(1).tolist() and len({split.l2 for split in result.splits}) > 1
+    assert result.accuracy == pytest.approx(sum(accuracies) / 5)
+    assert result.split_sd == pytest.approx(statistics.stdev(accuracies)) and result.split_sd > 0
+    assert result.accuracy_se == pytest.approx((result.test_se**2 + statistics.variance(accuracies) / 5) ** 0.5)
+    assert result.accuracy_se > result.test_se, "known-bad twin: the bootstrap alone"
+    for step in {split.l2 for split in result.splits}:  # one fit an l2: splits that agree on it predict alike
+        alike = [row for row, split in zip(result.predictions_SM, result.splits, strict=True) if split.l2 == step]
+        assert all(torch.equal(row, alike[0]) for row in alike)
+    with pytest.raises(ValueError, match="num_splits 1"):
+        linear_probe(train, labels, test, test_labels, 5, torch.Generator(), num_splits=1)
+
+
+def test_fits_that_stop_early_are_counted() -> None:
+    train, labels = blobs(200, 3, 12, 0.5)
+    probes = [
+        linear_probe(train, labels, train, labels, 3, torch.Generator().manual_seed(0), 2, max_iterations=limit)
+        for limit in (100, 1)
+    ]
+    assert probes[0].num_unconverged == 0 < probes[1].num_unconverged <= probes[1].num_fits
 
 
 def test_split_is_stratified_and_disjoint() -> None:
@@ -173,9 +152,10 @@ def test_more_channels_than_images_give_the_classifier_of_the_full_space() -> No
     train, test = train.double(), test.double()
     mean = train.mean(0)
     scale = (train - mean).square().mean().sqrt()
-    full = fit_logistic((train - mean) / scale, labels, 3, result.l2, tolerance=1e-9)
+    l2 = result.splits[0].l2
+    full = fit_logistic((train - mean) / scale, labels, 3, l2, tolerance=1e-9)
     logits = full.logits((test - mean) / scale)
-    assert torch.equal(result.predictions_M, logits.argmax(1))
+    assert torch.equal(result.predictions_SM[0], logits.argmax(1))
     basis = torch.linalg.qr((train - mean).T).Q[:, :20]
-    partial = fit_logistic((train - mean) / scale @ basis, labels, 3, result.l2, tolerance=1e-9)
-    assert not torch.equal(result.predictions_M, partial.logits((test - mean) / scale @ basis).argmax(1))
+    partial = fit_logistic((train - mean) / scale @ basis, labels, 3, l2, tolerance=1e-9)
+    assert not torch.equal(result.predictions_SM[0], partial.logits((test - mean) / scale @ basis).argmax(1))

@@ -16,7 +16,7 @@ def result() -> ProbeResult:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(220) % 11
     features = 0.35 * torch.randn(11, 40, generator=generator)[labels] + torch.randn(220, 40, generator=generator)
-    return linear_probe(features[:110], labels[:110], features[110:], labels[110:], 11, generator)
+    return linear_probe(features[:110], labels[:110], features[110:], labels[110:], 11, generator, num_splits=2)
 
 
 def test_confusion_plot(result: ProbeResult, tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ def make_batch() -> tuple[Tensor, Tensor]:
     return emb_GE, torch.randint(NUM_CLASSES, (GLOBAL_BATCH, NUM_LABELS), generator=generator)
 
 
-def one_step(group: Group, head_parallel: int | None, tensor_parallel: int) -> dict[str, Tensor]:
-    """Loss, gradients, norm and weights after one step of this rank in a layout."""
+def one_step(group: Group, head_parallel: int | None, tensor_parallel: int, mistake: str = "") -> dict[str, Tensor]:
+    """Loss, gradients, norm and weights after one step of this rank in a layout; `mistake` makes one on the way."""
     groups = make_head_groups(group, head_parallel, tensor_parallel)
     config = HeadConfig(sample_rate=1.0, init_std=1.0, parallel_size=head_parallel)
     head = PartialFCHead(NUM_CLASSES, DIM, config, ClassLoss(ObjectiveConfig(scale=16.0)), groups, seed=3)
@@ -37,9 +37,12 @@ def one_step(group: Group, head_parallel: int | None, tensor_parallel: int) -> d
     head.resample(0)
     emb_GE, labels_GP = make_batch()
     number, count = group.rank // tensor_parallel, group.size // tensor_parallel
+    if mistake == "another's images":
+        emb_GE = emb_GE.flip(0)
     emb_BE, labels_BP = emb_GE.tensor_split(count)[number], labels_GP.tensor_split(count)[number]
     output = head(emb_BE, labels_BP)
-    head.finish_gradient()
+    if mistake != "no sum over replicas":
+        head.finish_gradient()
     grad_LE = head.grad_LE.clone()
     replicas, head.groups = head.groups, HeadGroups(groups.classes, groups.data)  # the sum is already made
     norm = RowOptimizer(head, SGDRule(0.9, 0.0), 0.5, is_lazy=True).step(0.1)
@@ -74,9 +77,15 @@ def test_every_layout_computes_what_one_process_does(layout: tuple[int, int, int
         assert_close("embeddings", rank["emb_grad"], expected["emb_grad"][images], TOLERANCE)
         assert_close("centres", rank["grad"], expected["grad"][classes], TOLERANCE)
         assert_close("weights", rank["weight"], expected["weight"][classes], TOLERANCE)
-        # What a forgotten sum over replicas, or a mean over one group's images, would give.
-        assert_differs("factor of two", rank["emb_grad"] * 2, expected["emb_grad"][images], TOLERANCE)
-        assert_differs("factor of two", rank["grad"] / 2, expected["grad"][classes], TOLERANCE)
+
+
+@pytest.mark.parametrize(("mistake", "wrong"), [("no sum over replicas", "grad"), ("another's images", "emb_grad")])
+def test_known_bad_layouts_are_told_apart(mistake: str, wrong: str) -> None:
+    expected = alone()
+    for rank in run_ranks(one_step, 4, 2, 1, mistake):
+        number, begin = rank["part"].tolist()
+        part = slice(begin, begin + len(rank["grad"])) if wrong == "grad" else slice(number * 6, number * 6 + 6)
+        assert_differs(mistake, rank[wrong], expected[wrong][part], TOLERANCE)
 
 
 def sizes_refused(group: Group) -> list[str]:

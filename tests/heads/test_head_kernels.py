@@ -118,6 +118,13 @@ def test_auto_takes_torch_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_exp_block("triton", Matmul(True, "cuda"))
 
 
+def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_exp_block("triton", Matmul(True, "cpu")), "tests run under TRITON_INTERPRET=1"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(UserError, match=r"head.kernel is triton, but this process sees no GPU: set head.kernel=auto"):
+        choose_exp_block("triton", Matmul(True, "cpu"))
+
+
 def run_precisions(group: Group) -> dict[str, dict[str, Tensor]]:
     """Features of each type at s = 64, aligned with their centres (cosines of 1 and -1) or random."""
     results = {}

@@ -28,8 +28,10 @@ MANY_CLASSES = 9001  # more than two blocks of initial centres
 RANK_COUNTS = (1, 2, 3)
 
 
-def make_head(group: Group, rate: float = 1.0, num_classes: int = NUM_CLASSES) -> PartialFCHead:
-    config = HeadConfig(sample_rate=rate, init_std=0.1)
+def make_head(
+    group: Group, rate: float = 1.0, num_classes: int = NUM_CLASSES, sampling: str = "uniform"
+) -> PartialFCHead:
+    config = HeadConfig(sample_rate=rate, sampling=sampling, init_std=0.1)
     loss = ClassLoss(ObjectiveConfig(scale=16.0))
     head = PartialFCHead(num_classes, DIM, config, loss, make_head_groups(group), seed=3)
     head.init_weights()
@@ -48,14 +50,6 @@ def run_head(group: Group, folder: Path) -> dict[str, object]:
     """Everything that one launch can show; writes the head's state to `folder`/R."""
     initial = make_head(group, num_classes=MANY_CLASSES).weight_LE.detach().clone()
 
-    head = make_head(group, rate=0.5)
-    with torch.no_grad():
-        head.resample(4)
-        before = head.sampled_S.clone()
-        for number in (1, 2):
-            head(*make_batch(number, group))
-        after = head.sampled_S.clone()
-
     head = make_head(group, rate=0.3)
     optimizer = make_optimizer(head)
     for step in range(3):
@@ -69,27 +63,40 @@ def run_head(group: Group, folder: Path) -> dict[str, object]:
 
     return {
         "initial": initial,
-        "sampled": (before, after),
+        "sampled": sampled_for_two_batches(group, "uniform"),
+        "sampled around labels": sampled_for_two_batches(group, "partial_fc"),
         "gradient": gradient,
         "cleared": not head.grad_LE.any() and not head.touched_L.any(),
         "norm": norm,
         "state": state_of(head, optimizer),
         "accumulated": accumulated_gradient(group, num_micro_batches=3),
         "at once": accumulated_gradient(group, num_micro_batches=1),
+        "not weighted": accumulated_gradient(group, num_micro_batches=3, is_weighted=False),
     }
+
+
+def sampled_for_two_batches(group: Group, sampling: str) -> tuple[Tensor, Tensor]:
+    """The classes that one step's sample has for one batch and, in a head of its own, for another."""
+    sampled = []
+    for number in (1, 2):
+        head = make_head(group, rate=0.5, sampling=sampling)
+        head.resample(4)
+        head(*make_batch(number, group))
+        sampled.append(head.sampled_S.clone())
+    return sampled[0], sampled[1]
 
 
 def make_optimizer(head: PartialFCHead, max_norm: float = 5.0) -> RowOptimizer:
     return head_optimizer(head, OptimizerConfig(lr=1e-2, warmup_steps=0, head_clip_norm=max_norm))
 
 
-def accumulated_gradient(group: Group, num_micro_batches: int) -> tuple[Tensor, Tensor]:
+def accumulated_gradient(group: Group, num_micro_batches: int, is_weighted: bool = True) -> tuple[Tensor, Tensor]:
     """Mean loss and the centres' gradient over the micro-batches of one global batch."""
     head = make_head(group)
     head.resample(0)
     emb_BE, labels_BP = make_batch(7, group)
     outputs = [
-        head(emb, labels, weight=1 / num_micro_batches)
+        head(emb, labels, weight=1 / num_micro_batches if is_weighted else 1.0)
         for emb, labels in zip(emb_BE.chunk(num_micro_batches), labels_BP.chunk(num_micro_batches), strict=True)
     ]
     return torch.stack([output.loss for output in outputs]).mean(), head.grad_LE
@@ -140,8 +147,10 @@ def test_initial_centres_do_not_depend_on_the_number_of_ranks(by_ranks: dict, nu
 @pytest.mark.parametrize("num_ranks", RANK_COUNTS)
 def test_sampled_classes_do_not_depend_on_the_labels(by_ranks: dict, num_ranks: int) -> None:
     for rank in by_ranks[num_ranks]:
-        before, after = rank["sampled"]
-        assert torch.equal(before, after) and len(before) == round(0.5 * len(rank["state"]["weight"]))
+        one, other = rank["sampled"]
+        assert torch.equal(one, other) and len(one) == round(0.5 * len(rank["state"]["weight"]))
+        one, other = rank["sampled around labels"]
+        assert not torch.equal(one, other), "known-bad twin: a sampler that takes the labels in"
 
 
 @pytest.mark.parametrize("num_ranks", RANK_COUNTS)
@@ -160,7 +169,7 @@ def test_micro_batches_add_up_to_the_batch(by_ranks: dict, num_ranks: int) -> No
         (loss, grad), (expected_loss, expected_grad) = rank["accumulated"], rank["at once"]
         assert_close("loss", loss, expected_loss, 1e-6)  # measured 1e-7
         assert_close("gradient", grad, expected_grad, 2e-6)  # measured 3e-7
-        assert_differs("not weighted", grad * 3, expected_grad, 2e-6)
+        assert_differs("not weighted", rank["not weighted"][1], expected_grad, 2e-6)
 
 
 def test_repeats_within_an_image_count_once() -> None:

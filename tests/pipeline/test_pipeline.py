@@ -119,6 +119,8 @@ def test_evaluate_reports_and_refuses(trained: Trained, tiny_data: TinyData, tmp
     mlcd("evaluate", "--model", trained.export, *arguments, "--classes", ROOT / "demo/shards/classes.json")
     report = json.loads((out / "report.json").read_text())
     assert report["num_test"] == 100 and 0 <= report["linear_probe"] <= 1
+    assert report["converged"] and len(report["linear_probe_by_split"]) == 5
+    assert report["linear_probe_se"] >= report["linear_probe_test_se"] > 0
     assert (out / "confusion.png").read_bytes().startswith(b"\x89PNG")
     assert "done already" in mlcd("evaluate", "--model", trained.export, *arguments)
     said = mlcd("evaluate", "--model", "pixels@8", *arguments, status=2)  # another model into the same folder

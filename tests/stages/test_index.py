@@ -27,7 +27,15 @@ from shard_maker import (
 from wds2idx import IndexCreator
 
 from mlcd_ds.artefacts.manifest import read_manifest
-from mlcd_ds.data.shard_index import IndexManifest, ShardIndex, ShardReader, format_idx, parse_idx, parse_line
+from mlcd_ds.data.shard_index import (
+    ENDINGS,
+    IndexManifest,
+    ShardIndex,
+    ShardReader,
+    format_idx,
+    parse_idx,
+    parse_line,
+)
 from mlcd_ds.errors import UserError
 
 # In the order of damaged.json's entries.
@@ -237,6 +245,74 @@ def test_shards_that_cannot_be_read_are_named_or_skipped(tmp_path: Path) -> None
     assert len(told) == len(broken) + 1
 
 
+def raw_header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A tar header that claims any size (in base 256, as GNU tar writes large ones)."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def with_pax(name: str, content: bytes, **pax: str) -> bytes:
+    """A member with an extended header, without the end of an archive."""
+    info = tarfile.TarInfo(name)
+    info.size, info.pax_headers = len(content), {key.replace("_", "."): value for key, value in pax.items()}
+    return info.tobuf(tarfile.PAX_FORMAT) + content + bytes(-len(content) % 512)
+
+
+SPARSE = {"GNU_sparse_major": "1", "GNU_sparse_minor": "0", "GNU_sparse_name": "x.jpg", "GNU_sparse_realsize": "9"}
+IMPOSSIBLE = {
+    "negative": raw_header("x.jpg", -512),
+    "negative to the start": raw_header("x.jpg", -1_000_000),
+    "negative text": raw_header("x.txt", -1024),
+    "negative of an unknown kind": raw_header("x.jpg", -1024, b"?"),
+    "negative long name": raw_header("././@LongLink", -1024, tarfile.GNUTYPE_LONGNAME),
+    "2^40": raw_header("x.jpg", 2**40),
+    "2^40 text": raw_header("x.txt", 2**40),
+    "2^40 long name": raw_header("././@LongLink", 2**40, tarfile.GNUTYPE_LONGNAME),
+    "2^70": raw_header("x.jpg", 2**70),
+    "2^70 extended header": raw_header("x", 2**70, tarfile.XHDTYPE),
+    "pax size": with_pax("x.jpg", b"1234", size="-5"),
+    "pax 2^70": with_pax("x.jpg", b"1234", size=str(2**70)),
+    "sparse map": with_pax("x.jpg", b"1234", GNU_sparse_map="0,x,1"),
+    "sparse 1.0": with_pax("x.jpg", b"garbage\n", **SPARSE),
+    "sparse 1.0 cut": with_pax("x.jpg", b"9\n0\n", **SPARSE),
+}
+
+
+@pytest.mark.parametrize("what", IMPOSSIBLE)
+def test_impossible_headers_make_a_shard_unreadable(tmp_path: Path, what: str) -> None:
+    sound = plain_shard(tmp_path / "sound.tar", 2).read_bytes()
+    for name, before in (("first", b""), ("later", sound[: sound.rindex(b"picture 1") + 512])):
+        shard = tmp_path / f"{name}.tar"
+        shard.write_bytes(before + IMPOSSIBLE[what] + sound)
+        message = refused(tmp_path / "out", shard)
+        assert str(shard) in message and "--skip-unreadable-shards" in message and len(message) < 500
+    index = index_of(tmp_path / "out", tmp_path / "*.tar", flags=("--skip-unreadable-shards",))
+    assert [entry.name for entry in index.shards] == ["sound"]
+
+
+def test_sparse_members_are_dropped_and_counted(tmp_path: Path) -> None:
+    image = encode(picture(0))
+    sparse = with_pax("1.jpg", image, GNU_sparse_map=f"0,{len(image)}", GNU_sparse_size=str(len(image) + 5000))
+    sound = write_tar(tmp_path / "s.tar", [("0.jpg", image), ("2.jpg", image)]).read_bytes()
+    begin = 512 + len(image) + -len(image) % 512
+    (tmp_path / "s.tar").write_bytes(sound[:begin] + sparse + sound[begin:])
+    index = index_of(tmp_path / "out", tmp_path / "s.tar")
+    assert index.samples(0).keys == ["0", "2"] and index.manifest.dropped == {"sparse member": 1}
+
+
+def test_what_is_no_file_is_an_unreadable_shard(tmp_path: Path) -> None:
+    plain_shard(tmp_path / "sound.tar", 2)
+    os.mkfifo(tmp_path / "pipe.tar")
+    (tmp_path / "dangling.tar").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop.tar").symlink_to(tmp_path / "loop.tar")
+    (tmp_path / "link.tar").symlink_to(tmp_path / "sound.tar")
+    message = refused(tmp_path / "out", tmp_path / "*.tar")
+    assert all(f"{tmp_path / name}: not a regular file" in message for name in ("pipe.tar", "nothing", "loop.tar"))
+    index = index_of(tmp_path / "out", tmp_path / "*.tar", flags=("--skip-unreadable-shards",))
+    assert [entry.path.name for entry in index.shards] == ["sound.tar"]
+
+
 def test_a_shard_that_was_fetched_again_is_read_again(tmp_path: Path) -> None:
     shard = plain_shard(tmp_path / "s.tar", 3)
     sound = shard.read_bytes()
@@ -308,8 +384,8 @@ def test_an_interrupted_run_goes_on_shard_by_shard(three_shards: Path) -> None:
     assert fingerprint(out) == wanted and set(after) == set(before)
     redone = {name for name in after if after[name] != before[name]}
     assert redone == {"manifest.json", "dropped.json"} | {
-        name for shard in (1, 2) for name in (f"{shard}.idx", f"{shard}.sizes.npy", f".done/{shard}.json")
-    }
+        f"{shard}{ending}" for shard in (1, 2) for ending in ENDINGS
+    } | {".done/1.json", ".done/2.json"}
 
 
 def test_two_ranks_write_what_one_writes(three_shards: Path) -> None:
@@ -374,7 +450,9 @@ def test_a_damaged_index_is_named(three_shards: Path) -> None:
     index = index_of(three_shards / "out", f"{three_shards}/shards/*.tar")
     idx = three_shards / "out" / "0.idx"
     sound = idx.read_bytes()
-    for content in (b"", sound[:-40], b"\xff" * len(sound)):
+    other_extension, ends = sound.replace(b"jpg", b"jpx"), [sound.index(b"\n") + 1, sound.rindex(b"\n", 0, -1) + 1]
+    newlines = [b"\n" * len(sound), sound[: ends[0]] + b"\n" * (len(sound) - ends[0]), sound[: ends[1]] + b"\n" * 5]
+    for content in (b"", sound[:-40], b"\xff" * len(sound), other_extension, sound[: ends[1]] + b"jpg", *newlines):
         idx.write_bytes(content)
         with pytest.raises(UserError, match=r"0\.idx"):
             index.check_shards()
@@ -408,7 +486,8 @@ def test_parse_reads_what_format_writes(tmp_path: Path) -> None:
     path = tmp_path / "out" / "damaged.idx"
     (tmp_path / "again.idx").write_bytes(format_idx(parsed(path)))
     assert (tmp_path / "again.idx").read_bytes() == path.read_bytes()
-    keys, image, caption, metadata = parse_idx(path)
+    crcs = np.load(tmp_path / "out" / "damaged.crc32.npy")
+    keys, image, caption, metadata = parse_idx(path.read_bytes(), crcs)
     assert keys == index.samples(0).keys and (image.offset_N % 512 == 0).all()
     assert (caption.offset_N < 0).tolist() == [key == "000000007" for key in keys]
     assert (metadata.offset_N < 0).tolist() == [key == "000000008" for key in keys]

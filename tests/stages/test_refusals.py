@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +53,15 @@ def train(index: Path, labels: Path, *overrides: str) -> Finished:
         ("cluster", {"num_centers": 1}, ["--num-centers", "'1'"]),
         ("cluster", {"num_iterations": 0, "seed": -1}, ["--num-iterations", "--seed", "'-1'"]),
         ("assign", {"num_labels": 0}, ["--num-labels"]),
+        ("assign", {"threshold": "nan"}, ["--threshold 'nan'", "finite"]),
+        ("index", {"max_megapixels": "inf"}, ["--max-megapixels", "finite"]),
+        ("index", {"num_threads": 100_000}, ["--num-threads", "512"]),
+        ("embed", {"num_threads": 100_000}, ["--num-threads", "512"]),
+        ("embed", {"batch_size": 10**9}, ["--batch-size", "65536"]),
+        ("cluster", {"seed": 2**70}, ["--seed"]),
+        ("cluster", {"num_centers": "9" * 5000}, ["--num-centers", "9999...9999"]),
+        ("cluster", {"metric": "x" * 5000}, ["--metric", "cosine"]),
+        ("embed", {"index": ""}, ["--index", "empty"]),
         ("assign", {"num_lables": 3}, ["--num-lables"]),
         ("embed", {"encoder": "no-such-encoder"}, ["'no-such-encoder'", "efficientnet-lite0"]),
         ("embed", {"encoder": "pixels@big"}, ["'pixels@big'", "size"]),
@@ -139,8 +152,7 @@ def test_a_changed_file_of_an_earlier_stage_is_named(folder: Path, stage: str, f
 def test_a_missing_shard_is_named(folder: Path) -> None:
     moved = folder.parent / "moved"
     shutil.copytree(folder, moved)
-    assert run("index", moved).status == 0 and run("embed", moved, out=moved / "new").status == 0
-    assert run("index", moved, overwrite=True).status == 0
+    assert run("index", moved, overwrite=True).status == 0 and run("embed", moved, out=moved / "new").status == 0
     (moved / "shards" / "2.tar").unlink()
     assert str(moved / "shards" / "2.tar") in message_of(run("embed", moved, out=moved / "newer"))
 
@@ -178,9 +190,10 @@ def test_other_inputs_are_refused(folder: Path, stage: str, role: str) -> None:
 
 
 @pytest.mark.parametrize(("stage", "file"), [("index", "1.idx"), ("embed", "1.npy"), ("cluster", "centers.npy")])
-def test_an_output_that_went_missing_is_named(folder: Path, stage: str, file: str) -> None:
+def test_an_output_that_went_missing_is_named(finished: Path, folder: Path, stage: str, file: str) -> None:
     (folder / stage / file).unlink()
-    message = message_of(run(stage, folder))
+    made_from = {"shards": finished / "shards" / "*.tar"} if stage == "index" else {}
+    message = message_of(run(stage, folder, **made_from))
     assert str(folder / stage / file) in message and "--overwrite" in message
 
 
@@ -188,6 +201,81 @@ def test_out_that_cannot_be_written_is_named(folder: Path) -> None:
     (folder / "file").write_bytes(b"")
     message = message_of(run("assign", folder, out=folder / "file"))
     assert str(folder / "file") in message and "--out" in message
+
+
+def test_overwrite_on_a_file_is_named(folder: Path) -> None:
+    (folder / "file").write_bytes(b"")
+    message = message_of(run("assign", folder, out=folder / "file", overwrite=True))
+    assert str(folder / "file") in message and "is a file" in message
+    assert (folder / "file").exists()
+
+
+def test_train_refuses_triton_without_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    message = message_of(train(folder / "index", folder / "assign", "head.kernel=triton"))
+    assert "head.kernel=auto" in message
+
+
+# What the system does not allow
+
+
+@contextmanager
+def ordinary_user() -> Iterator[None]:
+    """Whoever runs the tests, within it file permissions count: root becomes nobody for the time being."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def foreign(finished: Path) -> Iterator[Path]:
+    """A copy of the finished stages that everybody may read and nobody but the owner may write."""
+    with tempfile.TemporaryDirectory() as parent:
+        os.chmod(parent, 0o755)
+        shutil.copytree(finished, f"{parent}/all")
+        assert run("index", Path(parent, "all"), overwrite=True).status == 0  # of these shards
+        for path in Path(parent).rglob("*"):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        yield Path(parent, "all")
+        for path in (Path(parent, "all"), *Path(parent).rglob("*")):
+            path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("stage", "closed"),
+    [
+        ("embed", "index/manifest.json"),
+        ("embed", "index"),
+        ("cluster", "embed/1.npy"),
+        ("assign", "cluster/centers.npy"),
+        ("embed", "shards/1.tar"),
+        ("index", "shards/1.tar"),
+    ],
+)
+def test_without_permission_to_read_the_file_is_named(foreign: Path, stage: str, closed: str) -> None:
+    (foreign / closed).chmod(0)
+    with tempfile.TemporaryDirectory() as out:
+        os.chmod(out, 0o777)
+        with ordinary_user():
+            done = run(stage, foreign, out=Path(out, "new"))
+        (foreign / closed).chmod(0o555)
+        message = message_of(done)
+        assert str(foreign / closed) in message and "ermission" in message
+
+
+@pytest.mark.parametrize(("stage", "changed"), [("cluster", {"out": "new"}), ("embed", {"overwrite": True})])
+def test_without_permission_to_write_the_folder_is_named(foreign: Path, stage: str, changed: dict) -> None:
+    changed = {key: foreign / value if key == "out" else value for key, value in changed.items()}
+    foreign.chmod(0o555)
+    with ordinary_user():
+        done = run(stage, foreign, **changed)
+    message = message_of(done)
+    assert str(foreign) in message and "ermission denied" in message
 
 
 def test_a_damaged_state_of_cluster_is_named(folder: Path) -> None:
