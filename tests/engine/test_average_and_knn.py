@@ -76,6 +76,10 @@ def averaged_run(group: Group, data: TinyData, folder: Path) -> Results:
             "accuracies": accuracies,
         }
         again.engine.destroy()
+    sections: dict[str, dict[str, object]] = {"train": {"ema_decay": DECAY + 0.01}}
+    twin = make_trainer(data, folder / "twin", Layout(group.size), group, sections=sections)
+    go_on(twin, 0, 4)
+    found["fp32-adamw-0"]["other decay"] = whole(twin, AVERAGE)
     return found
 
 
@@ -96,6 +100,12 @@ def test_the_average_is_that_of_whole_weights_and_goes_on_bit_for_bit(averaged: 
                 assert_close(f"{kind}, resumed: {name}", result["resumed"][name], average, 0.0)
             name = "encoder.layers.0.mlp.fc1.weight"
             assert_differs(f"{kind}: the last weights", result["average"][name], result["weights"][name], 1e-6)
+
+
+def test_another_decay_shows(averaged: tuple[Path, list]) -> None:
+    """The known-bad twin: a decay off by a hundredth."""
+    result, name = averaged[1][0]["fp32-adamw-0"], "encoder.layers.0.mlp.fc1.weight"
+    assert_differs("decay", result["average"][name], result["other decay"][name], 1e-7)
 
 
 def test_knn_and_average_leave_the_training_as_it_is(averaged: tuple[Path, list]) -> None:
