@@ -18,8 +18,8 @@ from mlcd_ds.engine.layout import Layout
 from mlcd_ds.engine.trainer import Trainer
 from mlcd_ds.errors import UserError
 
-KINDS = [(precision, "adamw", stage) for precision in ("fp32", "bf16", "fp16") for stage in range(4)]
-KINDS += [("fp32", "muon", stage) for stage in range(3)]
+KINDS = [(precision, "adamw", stage) for precision in ("fp32", "bf16", "fp16") for stage in (0, 1, 3)]
+KINDS += [("fp32", "adamw", 2), ("fp32", "muon", 0), ("fp32", "muon", 1)]
 INFINITY = float("inf")
 
 
