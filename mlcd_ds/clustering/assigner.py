@@ -16,7 +16,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Assigner(Protocol):
-    """Finds, for rows [B, E], the `k` centres of largest score."""
+    """Finds, for rows [B, E], the `k` centres of largest score; k is at most C."""
 
     def set_centers(self, centers_CE: Tensor) -> None:
         """Take fp32 centres [C, E]."""

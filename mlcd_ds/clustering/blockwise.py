@@ -69,6 +69,7 @@ class BlockwiseAssigner:
 
     def search(self, rows_BE: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Scores fp32 [B, k], largest first, and centres int64 [B, k]."""
+        assert k <= len(self._centers_CE)
         rows_BE = rows_BE.to(self._device).float()
         nearest_Bk = torch.empty(len(rows_BE), k, dtype=torch.int64, device=self._device)
         scores_Bk = torch.empty(len(rows_BE), k, device=self._device)

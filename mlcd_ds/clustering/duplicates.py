@@ -8,7 +8,6 @@ N rows of this rank, B rows of a block, E width, T tables.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
@@ -36,16 +35,9 @@ class ReadableRows(Rows, Protocol):
         """fp32 [K, E]: any rows of all ranks."""
 
 
-@dataclass(frozen=True)
-class Duplicates:
-    """Global numbers int64, sorted, of all rows that are near copies of a row with a smaller number."""
-
-    numbers: np.ndarray
-    threshold: float
-
-
-def find_duplicates(rows: ReadableRows, group: Group, threshold: float, seed: int) -> Duplicates:
-    """Rows whose cosine to a row with a smaller number is at least `threshold`, as far as a bucket shows them.
+def find_duplicates(rows: ReadableRows, group: Group, threshold: float, seed: int) -> np.ndarray:
+    """Global numbers int64, sorted, of all rows whose cosine to a row with a smaller number is at least `threshold`, as
+    far as a bucket shows them.
 
     Of each group of copies the first stays. Collectives: an exchange of signatures and numbers for each table, 16 bytes
     a row; a gather of what was found.
@@ -58,7 +50,7 @@ def find_duplicates(rows: ReadableRows, group: Group, threshold: float, seed: in
         received_M2 = group.exchange([pairs_N2[owner_N == rank] for rank in range(group.size)]).numpy()
         found.append(_copies_in_buckets(rows, received_M2, threshold))
     parts = group.gather_objects(np.unique(np.concatenate(found)))
-    return Duplicates(np.unique(np.concatenate(parts)), threshold)
+    return np.unique(np.concatenate(parts))
 
 
 def _signatures(rows: Rows, seed: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,9 @@ B rows of a block, C centres, E width, k centres wanted.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,8 +16,15 @@ from mlcd_ds.clustering.assigner import Metric
 from mlcd_ds.errors import UserError
 
 
+def has_faiss(device: torch.device) -> bool:
+    """Whether faiss is installed, for a GPU with GPU support."""
+    if importlib.util.find_spec("faiss") is None:
+        return False
+    return device.type == "cpu" or hasattr(_import_faiss(), "StandardGpuResources")
+
+
 class FaissAssigner:
-    """Exhaustive search by faiss on the CPU, in fp32."""
+    """Exhaustive search by faiss on the CPU, in fp32, with as many threads as torch has."""
 
     def __init__(self, metric: Metric = "cosine") -> None:
         self._faiss = _import_faiss()
@@ -24,13 +34,16 @@ class FaissAssigner:
         self._centers_CE = np.ascontiguousarray(centers_CE.cpu().float().numpy())
 
     def search(self, rows_BE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        assert k <= len(self._centers_CE), "faiss fills up with centre -1"
         faiss, rows = self._faiss, np.ascontiguousarray(rows_BE.float().numpy())
+        faiss.omp_set_num_threads(torch.get_num_threads())  # its own OpenMP would take all cores for every rank
         euclidean = self._metric == "euclidean"
         kind = faiss.METRIC_L2 if euclidean else faiss.METRIC_INNER_PRODUCT
         values, nearest = faiss.knn(rows, self._centers_CE, k, metric=kind)
         values_Bk = torch.from_numpy(values)
         if euclidean:
-            values_Bk = (rows_BE.float().square().sum(dim=1, keepdim=True) - values_Bk) / 2
+            squares_B1 = torch.linalg.vector_norm(rows_BE.float(), dim=1, keepdim=True).square()
+            values_Bk = (squares_B1 - values_Bk) / 2
         return values_Bk, torch.from_numpy(nearest)
 
 
@@ -60,6 +73,9 @@ class FaissGpuAssigner:
 
 
 def _import_faiss():
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        # The OpenBLAS inside of faiss-cpu takes Intel's newer processors for one with SSE3, a quarter of their speed.
+        os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
     try:
         import faiss
     except ImportError:

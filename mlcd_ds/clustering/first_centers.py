@@ -1,6 +1,6 @@
-"""First centres: random rows, k-means++, or two levels. The same on any number of ranks, up to rounding.
+"""First centres: random rows, greedy k-means++, or two levels. The same on any number of ranks, up to rounding.
 
-C centres, N rows of this rank's sample, K chosen rows, B rows of a block, E width.
+C centres, N rows of a sample, K chosen rows or projected width, F = K + 1, T candidates, B rows of a block, E width.
 """
 
 from __future__ import annotations
@@ -21,14 +21,25 @@ from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.errors import UserError
 
 InitName = Literal["auto", "random", "kmeans++", "two_level"]
-AUTO_TWO_LEVEL = 20_000  # centres from which two levels pay
-PLUS_POINTS = 16  # rows a centre that k-means++ draws from
+AUTO_RANDOM, AUTO_TWO_LEVEL = 1_000, 20_000  # centres up to which k-means++, and from which two levels pay
+PLUS_POINTS, PLUS_ROWS = 16, 16_384  # rows that k-means++ draws from: so many a centre, and at least so many
+PLUS_DIM, PLUS_CANDIDATES = 128, 10  # width in which it measures; candidates, over scikit-learn's 2 + log C
+LEAST_DISTANCE = 1e-12  # of a row from a centre: where all rows are copies of centres, any may be drawn
 CELL_POINTS, CELL_ITERATIONS = 256, 10  # rows a cell and iterations of the first level
 CANDIDATES = 4  # rows a centre from which the second level's first centres come
 FINE_POINTS, FINE_ITERATIONS = 40, 8
 SCORES_AT_ONCE = 2**22
 
 MakeAssigner = Callable[[], Assigner]
+
+
+def resolve_init(name: InitName, num_centers: int) -> InitName:
+    """`auto` by the number of centres; docs/clustering.md compares."""
+    if name != "auto":
+        return name
+    if num_centers >= AUTO_TWO_LEVEL:
+        return "two_level"
+    return "kmeans++" if num_centers <= AUTO_RANDOM else "random"
 
 
 def first_centers(
@@ -44,7 +55,8 @@ def first_centers(
     """fp32 [C, E] on `device`, by `--init`. Raises UserError when there are fewer rows than centres."""
     if num_centers > rows.num_rows:
         raise UserError(f"--num-centers {num_centers} is more than the {rows.num_rows} images: choose fewer.")
-    if name == "two_level" or (name == "auto" and num_centers >= AUTO_TWO_LEVEL):
+    name = resolve_init(name, num_centers)
+    if name == "two_level":
         return two_level_centers(rows, group, num_centers, metric, seed, make_assigner, torch.device(device))
     if name == "kmeans++":
         return plus_plus_centers(rows, group, num_centers, metric, seed, torch.device(device))
@@ -66,36 +78,51 @@ def gather_rows(rows: Rows, group: Group, numbers_K: np.ndarray, metric: Metric)
 def plus_plus_centers(
     rows: Rows, group: Group, num_centers: int, metric: Metric, seed: int, device: torch.device
 ) -> Tensor:
-    """k-means++ (Arthur & Vassilvitskii, 2007) over a sample of PLUS_POINTS rows a centre, held in memory.
+    """Greedy k-means++ (Arthur & Vassilvitskii, 2007) over a sample of rows, seen in a random projection.
 
-    Each centre is a row drawn with a probability proportional to its squared distance from the nearest centre so far.
-    Collectives for each: an all-gather of a number, an all-reduce of [E]. For some thousands of centres at most.
+    The projection keeps distances to some percent (Johnson & Lindenstrauss, 1984), which more candidates than usual
+    more than make up for, and is small enough for every rank to have all of it: each does all draws. Collectives: two
+    exchanges of the sample (numbers, and PLUS_DIM fp32 a row), an all-gather of [C], an all-reduce of [C, E].
     """
-    rate = PLUS_POINTS * num_centers / rows.num_rows
-    sample = Sample(rate, seed) if rate < 1 else None
-    blocks = [rows_BE.to(device).float() for _, rows_BE in rows.blocks(BLOCK_ROWS, sample)]
-    rows_NE = torch.cat(blocks) if blocks else torch.zeros(0, rows.dim, device=device)
-    if metric == "cosine":
-        rows_NE = F.normalize(rows_NE, dim=1)
-    squares_N = rows_NE.square().sum(dim=1)
-    weights_N = torch.ones(len(rows_NE), dtype=torch.float64, device=device)
-    centers_CE = torch.empty(num_centers, rows.dim, device=device)
     generator = np.random.default_rng(seed)
+    kept_dim = min(rows.dim, PLUS_DIM)
+    noise_EK = generator.standard_normal((rows.dim, kept_dim), dtype=np.float32) / kept_dim**0.5
+    projection_EK = torch.from_numpy(noise_EK).to(device)
+    rate = max(PLUS_POINTS * num_centers, PLUS_ROWS) / rows.num_rows
+    numbers, parts = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, kept_dim, device=device)]
+    for numbers_B, stored_BE in rows.blocks(BLOCK_ROWS, Sample(rate, seed)):
+        rows_BE = stored_BE.to(device).float()
+        if metric == "cosine":
+            rows_BE = F.normalize(rows_BE, dim=1)
+        numbers.append(numbers_B)
+        parts.append(rows_BE @ projection_EK)
+    numbers_N = group.exchange([torch.cat(numbers).to(device)] * group.size)
+    points_NK = group.exchange([torch.cat(parts)] * group.size)
+    chosen_C = numbers_N[draw_far_apart(points_NK, num_centers, generator)]
+    # Rank 0's choice, should another rank's processor round differently.
+    chosen_C = group.all_gather(chosen_C)[:num_centers]
+    return gather_rows(rows, group, chosen_C.cpu().numpy(), metric).to(device)
+
+
+def draw_far_apart(points_NK: Tensor, num_centers: int, generator: np.random.Generator) -> Tensor:
+    """Places int64 [C] of points [N, K], chosen one after the other: of T candidates, each drawn in proportion to its
+    squared distance from the nearest point so far, the one that leaves the smallest sum of those distances."""
+    num_candidates = PLUS_CANDIDATES * (2 + int(np.log(num_centers)))
+    draws_CT = torch.from_numpy(generator.random((num_centers, num_candidates))).to(points_NK.device)
+    squares_N = points_NK.square().sum(dim=1)
+    # [x, 1] . [2 c, -|c|^2] = |x|^2 - |x - c|^2
+    rows_NF = torch.cat([points_NK, torch.ones_like(squares_N)[:, None]], dim=1)
+    factors_NF = torch.cat([2 * points_NK, -squares_N[:, None]], dim=1)
+    nearest_N = (4 * squares_N.max()).expand(len(squares_N))  # squared distance from the nearest so far; none is larger
+    chosen_C = torch.empty(num_centers, dtype=torch.int64, device=points_NK.device)
     for center in range(num_centers):
-        sums_R = group.all_gather(weights_N.sum()[None]).cpu()
-        # A point on the line of all ranks' weights; the last rank also takes what rounding puts behind its end.
-        ends_R = sums_R.cumsum(0)
-        point = float(generator.random()) * float(ends_R[-1])
-        owner = min(int(torch.searchsorted(ends_R, point, right=True)), int(sums_R.nonzero()[-1]))
-        row_E = torch.zeros(rows.dim, device=device)
-        if owner == group.rank:
-            place = torch.searchsorted(weights_N.cumsum(0), point - float(ends_R[owner] - sums_R[owner]), right=True)
-            row_E = rows_NE[min(int(place), len(rows_NE) - 1)]
-        centers_CE[center] = group.all_reduce_sum(row_E.clone())
-        row_E = centers_CE[center]
-        distances_N = (squares_N - 2 * (rows_NE @ row_E) + row_E.square().sum()).clamp_min(1e-12).double()
-        weights_N = distances_N if center == 0 else torch.minimum(weights_N, distances_N)
-    return centers_CE
+        ends_N = nearest_N.double().cumsum(0)
+        places_T = torch.searchsorted(ends_N, draws_CT[center] * ends_N[-1], right=True).clamp_max(len(rows_NF) - 1)
+        gains_TN = torch.addmm(nearest_N - squares_N, factors_NF[places_T], rows_NF.T).clamp_min_(0)
+        best = gains_TN.sum(dim=1).argmax()
+        chosen_C[center] = places_T[best]
+        nearest_N = (nearest_N - gains_TN[best]).clamp_min(LEAST_DISTANCE)
+    return chosen_C
 
 
 def two_level_centers(

@@ -106,14 +106,19 @@ def distortion(objective: float, metric: Metric) -> float:
 
 
 def next_phase(history: Sequence[Iteration], rules: Rules) -> int | None:
-    """The phase of the next iteration, or None at the end: a function of the history, so that a run resumes."""
+    """The phase of the next iteration, or None at the end: a function of the history, so that a run resumes.
+
+    A phase ends after its iterations, or when an iteration improved by no more than the tolerance. An iteration counts
+    for that only where neither it nor the one before split a cluster: moved centres have not converged, and the rise
+    that a split causes is measured in the iteration after it.
+    """
     if not history:
         return 0
     phase = history[-1].phase
     values = [distortion(i.objective, rules.metric) for i in history if i.phase == phase]
     is_over = len(values) >= rules.phases[phase].num_iterations
-    is_settled = history[-1].num_splits == 0  # moved centres have not converged
-    if is_settled and len(values) > 1 and values[-2] - values[-1] < rules.tolerance * abs(values[-2]):
+    is_settled = len(values) > 1 and not any(i.num_splits for i in history[-2:])
+    if is_settled and values[-2] - values[-1] <= rules.tolerance * abs(values[-2]):
         is_over = True
     return phase + is_over if phase + is_over < len(rules.phases) else None
 
@@ -163,7 +168,7 @@ def lloyd_step(
         scores_B1, nearest_B1 = assigner.search(rows_BE, 1)
         nearest_B = nearest_B1[:, 0].to(device)
         scores_B = scores_B1[:, 0].to(device).double()
-        squares_B = rows_BE.square().sum(dim=1).double()
+        squares_B = torch.linalg.vector_norm(rows_BE, dim=1).square().double()
         totals_3[0] += scores_B.sum()
         totals_3[1] += squares_B.sum()
         totals_3[2] += len(rows_BE)

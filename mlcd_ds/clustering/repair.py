@@ -17,7 +17,7 @@ from torch import Tensor
 from mlcd_ds.clustering.assigner import Metric
 
 MOVED_SHARE = 0.04  # of all centres, at most, in an iteration
-MOVED_RATIO = 0.1  # a centre moves when its cluster has less than this share of the other's spread
+MOVED_RATIO = 0.05  # a centre moves when its cluster has less than this share of the other's spread
 SPLIT_STEP = 0.5  # of a cluster's root mean square distance: docs/log.md compares steps
 LEAST_STEP = 1e-3  # of the centre's length, where all rows of a cluster are copies
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mlcd_ds.clustering.assigner import Metric
 from mlcd_ds.kernels.matmul import Matmul
-from mlcd_ds.kernels.triton_product import tile_product
+from mlcd_ds.kernels.triton_product import NUM_WARPS, tile_product
 
 BLOCK_ROWS = 8192  # rows whose maxima [b, J] exist at once
 MEMBER_BYTES = 2**28  # of the centres that are gathered at once
@@ -62,14 +62,14 @@ def tile_maxima_kernel(
 
 @dataclass
 class TritonAssigner:
-    """By `tile_maxima_kernel`, then the members of the best tiles in fp32. Tiles suit 8 warps of tensor cores."""
+    """By `tile_maxima_kernel`, in tiles of `tile_shape`, then the members of the best tiles in fp32."""
 
     metric: Metric
     is_bf16: bool
     device: torch.device
-    block_b: int = 128
-    block_c: int = 128
-    block_e: int = 64
+    block_b: int
+    block_c: int
+    block_e: int
 
     def set_centers(self, centers_CE: Tensor) -> None:
         self._centers_CE = centers_CE.to(self.device).float().contiguous()
@@ -114,7 +114,7 @@ class TritonAssigner:
             block_b=self.block_b,
             block_c=self.block_c,
             block_e=self.block_e,
-            num_warps=8,
+            num_warps=NUM_WARPS,
         )
         return maxima_bJ
 

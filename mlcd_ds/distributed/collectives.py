@@ -5,7 +5,7 @@ B rows on this rank, G = R * B rows of all ranks, in rank order; R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,7 +21,11 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that communicate. None of the calls carries a gradient: callers derive theirs and say so."""
+    """Ranks that communicate. None of the calls carries a gradient: callers derive theirs and say so.
+
+    On a GPU a collective of tensors only queues work and the host runs on. What must be true on the host, a file
+    written or a signal seen, goes through `barrier`, `gather_objects` and `max_on_host`, which use tensors of the CPU.
+    """
 
     process_group: dist.ProcessGroup
 
@@ -76,9 +80,24 @@ class Group:
         dist.all_gather_object(items, item, group=self.process_group)
         return items  # type: ignore[return-value]
 
+    def max_on_host(self, value: float) -> float:
+        """Largest of the ranks' numbers: the host waits for all ranks. One all-reduce on the CPU."""
+        return self.start_max_on_host(value)()
+
+    def start_max_on_host(self, value: float) -> Callable[[], float]:
+        """The same without waiting: call what is returned for the answer. One all-reduce on the CPU."""
+        largest = torch.tensor([value], dtype=torch.float64)
+        work = dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.process_group, async_op=True)
+
+        def answer() -> float:
+            work.wait()
+            return float(largest)
+
+        return answer
+
     def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.all_reduce_sum(torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu"))
+        """Wait, on the host, for all ranks: what each did before it, the others see after it."""
+        self.max_on_host(0.0)
 
 
 def subgroup(world: Group, partition: Sequence[Sequence[int]]) -> Group:
@@ -86,4 +105,4 @@ def subgroup(world: Group, partition: Sequence[Sequence[int]]) -> Group:
     if len(partition) == 1:
         return world
     groups = [dist.new_group(list(ranks)) for ranks in partition]
-    return next(Group(group) for group, ranks in zip(groups, partition, strict=True) if world.rank in ranks)
+    return next(type(world)(group) for group, ranks in zip(groups, partition, strict=True) if world.rank in ranks)

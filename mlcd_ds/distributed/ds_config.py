@@ -104,12 +104,16 @@ def check_zero_section(config: dict[str, Any], path: Path) -> int:
 
 @dataclass(frozen=True)
 class ZeroBuffers:
-    """Elements of what ZeRO keeps beside weights, gradients and states: its buckets of gradients, all together; and at
-    stage 3 the most weights that are gathered at a time, and those of one collective."""
+    """Elements of what ZeRO keeps beside weights, gradients and states.
+
+    Its buckets of gradients, all together; at stage 3 the most weights that are gathered at a time, and those of one
+    collective; and the gradients that are copied to fp32 for one reduction, where they travel so.
+    """
 
     gradients: int = 0
     live: int = 0
     prefetched: int = 0
+    fp32_copies: int = 0
 
 
 def zero_buffers(config: dict[str, Any], path: Path) -> ZeroBuffers:
@@ -117,7 +121,10 @@ def zero_buffers(config: dict[str, Any], path: Path) -> ZeroBuffers:
     section = _zero_section(config, path)
     is_double = section.overlap_comm and section.stage in (1, 2)  # one is filled while the other travels
     gradients = int(section.reduce_bucket_size) * (2 if is_double else 1)
-    return ZeroBuffers(gradients, int(section.max_live_parameters), int(section.prefetch_bucket_size))
+    copies = 0
+    if section.stage and config.get("communication_data_type") == "fp32":
+        copies = int(section.reduce_bucket_size) * (2 if section.stage == 3 else 1)  # there once more, put in order
+    return ZeroBuffers(gradients, int(section.max_live_parameters), int(section.prefetch_bucket_size), copies)
 
 
 def _zero_section(config: dict[str, Any], path: Path) -> Any:

@@ -19,13 +19,12 @@ DEFAULT_TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True)
 class Launch:
-    """Place of this process in the job. `launcher` is one of env (deepspeed, torchrun), slurm, single."""
+    """Place of this process in the job."""
 
     rank: int
     local_rank: int
     world_size: int
     local_size: int
-    launcher: str
 
     @property
     def is_main(self) -> bool:
@@ -39,16 +38,15 @@ def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     variables decide. Raises UserError naming the variables when they are incomplete or contradict each other.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        keys = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "env")
+        keys = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         defaults = {"LOCAL_RANK": environ["RANK"], "LOCAL_WORLD_SIZE": environ.get("LOCAL_SIZE", "1")}
     elif environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in environ:
-        keys = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "MLCD_LOCAL_SIZE", "slurm")
-        local_size = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
-        defaults = {"MLCD_LOCAL_SIZE": local_size}
+        keys = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "MLCD_LOCAL_SIZE")
+        defaults = {"MLCD_LOCAL_SIZE": environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]}
     else:
-        return Launch(rank=0, local_rank=0, world_size=1, local_size=1, launcher="single")
+        return Launch(rank=0, local_rank=0, world_size=1, local_size=1)
     try:
-        rank, local_rank, world_size, local_size = (int(environ.get(key, defaults.get(key, ""))) for key in keys[:4])
+        rank, local_rank, world_size, local_size = (int(environ.get(key, defaults.get(key, ""))) for key in keys)
     except ValueError:
         raise UserError(f"launch: {', '.join(keys[:3])} must all be set to whole numbers.") from None
     if not 0 <= rank < world_size:
@@ -60,7 +58,7 @@ def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
                 f"launch: {world_size} processes were started but {' and '.join(missing)} is not set. Export both, as "
                 "slurm/launch.sh does: the first host's name, and a free port."
             )
-    return Launch(rank, local_rank, world_size, local_size, keys[4])
+    return Launch(rank, local_rank, world_size, local_size)
 
 
 def device_of(launch: Launch) -> torch.device:

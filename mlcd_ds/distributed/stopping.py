@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import TracebackType
-
-import torch
+from typing import Any
 
 from mlcd_ds.distributed.collectives import Group
 
@@ -21,7 +21,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._asked = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
+        self._answer: Callable[[], float] | None = None  # to the latest question of `was_asked`
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
@@ -36,5 +37,13 @@ class StopRequest:
         self._asked = True
 
     def is_asked(self, group: Group) -> bool:
-        """Whether any rank was asked to stop: all must agree. Collective, on the host."""
-        return bool(group.all_reduce_max(torch.tensor([float(self._asked)])).item())
+        """Whether any rank was asked to stop: all must agree. Collective: the host waits for all ranks."""
+        return group.max_on_host(float(self._asked)) > 0
+
+    def was_asked(self, group: Group) -> bool:
+        """Whether any rank had been asked to stop at the call before this one; the first call says no. Collective.
+
+        For every step of a training: answers travel while a step is computed, so nobody waits for them.
+        """
+        answer, self._answer = self._answer, group.start_max_on_host(float(self._asked))
+        return answer is not None and answer() > 0

@@ -9,18 +9,24 @@ import torch
 
 @dataclass(frozen=True)
 class Gpu:
-    """Memory in GiB, dense bf16 peak in TFLOP/s, and the share of it that a good run reaches."""
+    """Memory in GiB, dense bf16 peak in TFLOP/s, and the share of it that a good run reaches.
+
+    GB/s that a GPU sends to others, within its node over NVLink and between nodes over a network card of its own: 80 %
+    of what the sheets say for one direction.
+    """
 
     memory_gib: float
     peak_tflops: float
     usual_mfu: float
+    within_gb: float
+    between_gb: float
 
 
 GPUS = {
-    "a100-40gb": Gpu(40, 312, 0.45),
-    "a100-80gb": Gpu(80, 312, 0.45),
-    "h100": Gpu(80, 989, 0.40),
-    "h200": Gpu(141, 989, 0.40),
+    "a100-40gb": Gpu(40, 312, 0.45, 240, 20),
+    "a100-80gb": Gpu(80, 312, 0.45, 240, 20),
+    "h100": Gpu(80, 989, 0.40, 360, 40),
+    "h200": Gpu(141, 989, 0.40, 360, 40),
 }
 
 

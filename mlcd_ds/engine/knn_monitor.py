@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from mlcd_ds.config import Recipe
-from mlcd_ds.data.crops import center_boxes
-from mlcd_ds.data.dali import EncodedBatch, ImageDecoder
+from mlcd_ds.data.dali import EvaluationDecoder, WholeImages
 from mlcd_ds.data.pixels import clip_pixels
 from mlcd_ds.data.sample_labels import shard_labels
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
@@ -49,7 +48,7 @@ class KnnMonitor:
                 f"data.knn_index {index.folder}: {len(self._places)} samples have a label under {key!r}: name another "
                 "data.knn_label_key, or leave train.knn_every out."
             )
-        self._decoder = ImageDecoder(
+        self._decoder = EvaluationDecoder(
             batch_size, clip_pixels(recipe.model.image_size), device, num_threads=recipe.data.num_threads
         )
 
@@ -90,9 +89,9 @@ class KnnMonitor:
         finally:
             reader.close()
 
-    def _read(self, reader: ShardReader, places: list[tuple[int, int]]) -> EncodedBatch:
+    def _read(self, reader: ShardReader, places: list[tuple[int, int]]) -> WholeImages:
         samples = [self._index.samples(shard) for shard, _ in places]
         read = [reader.read(shard, table.image, row) for (shard, row), table in zip(places, samples, strict=True)]
         sizes = np.stack([table.sizes_N2[row] for (_, row), table in zip(places, samples, strict=True)])
         origin = f"data.knn_index {self._index.folder}"
-        return EncodedBatch(read, center_boxes(sizes), np.zeros(len(places), np.int32), origin)
+        return WholeImages(read, sizes, origin)

@@ -7,8 +7,21 @@ import torch
 from mlcd_ds.distributed.ds_config import ZeroBuffers
 from mlcd_ds.engine.activations import Activations
 from mlcd_ds.engine.layout import Layout
+from mlcd_ds.engine.precision import is_autocast
 from mlcd_ds.models.layers import Recompute
 from mlcd_ds.models.vit import ViT, ViTConfig, num_parameters
+
+DECODED_PIXELS = 1_000_000  # of an image as it is stored: assumed
+BATCHES_IN_FLIGHT = 2  # one that is decoded beside the one that is trained on
+
+
+def decoding_memory(batch: int, image_size: int, decoded_pixels: int = DECODED_PIXELS) -> int:
+    """Bytes that DALI takes on a GPU to decode batches of so many images, where torch's allocator does not see them.
+
+    Of an image: decoded and cropped in bytes, twice at the final size in bytes (resized, colours changed), and in fp32.
+    """
+    pixels = image_size**2
+    return BATCHES_IN_FLIGHT * batch * 3 * (2 * decoded_pixels + 2 * pixels + 4 * pixels)
 
 
 def training_memory(
@@ -34,12 +47,12 @@ def training_memory(
         count = num_parameters(ViT(config)) // layout.tensor_parallel
     stage = layout.zero_stage
     owned = count // layout.data_parallel if stage else count  # the weights that this rank updates
-    is_autocast = precision == "bf16" and stage == 0
-    is_short = precision != "fp32" and not is_autocast
+    has_autocast = is_autocast(precision, stage)
+    is_short = precision != "fp32" and not has_autocast
     width = 2 if is_short else 4
 
     weights = (owned if stage == 3 else count) * width
-    if is_autocast:
+    if has_autocast:
         weights += count * 2  # as they are multiplied
     if stage == 3 and layout.data_parallel > 1:
         weights += (min(count, buffers.live) + min(count, buffers.prefetched)) * width
@@ -58,16 +71,18 @@ def training_memory(
         before = gradients
     elif is_accumulated:
         before = count * width if stage == 1 else gradients
-    activations = Activations(config, precision, recompute, token_drop, layout.tensor_parallel, is_autocast)
+    activations = Activations(config, precision, recompute, token_drop, layout.tensor_parallel, has_autocast)
     images = 3 * config.image_size**2 * 4
     copies = (owned * width if stage else 0) + (owned * 4 if is_short else 0)
+    # Also of the last reduction, which comes before the gradients' copies.
+    reduced = min(buffers.fp32_copies, count * (2 if stage == 3 else 1)) * 4 if is_short else 0
     moments = (
         {
             "gradients": before,
-            "buckets of gradients": buckets if stage else 0,
+            "buckets of gradients": buckets + reduced if stage else 0,
             "activations": micro_batch * (activations.kept_bytes + activations.backward_bytes + images),
         },
-        {"gradients": gradients, "buckets of gradients": buckets},
+        {"gradients": gradients, "buckets of gradients": buckets + reduced},
         {"gradients": gradients, "buckets of gradients": buckets if stage == 3 else 0, "copies of gradients": copies},
     )
     return always | max(moments, key=lambda parts: sum(parts.values()))

@@ -28,15 +28,17 @@ from mlcd_ds.distributed.engine_state import engine_state
 from mlcd_ds.distributed.stopping import StopRequest
 from mlcd_ds.engine.checkpoint import Checkpointer
 from mlcd_ds.engine.gradients import GradientFactors, attach_gradient
+from mlcd_ds.engine.init_from import find_start
 from mlcd_ds.engine.knn_monitor import KnnMonitor
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.optimizer import backbone_optimizer, head_optimizer, set_learning_rate
 from mlcd_ds.engine.phases import phase_at, phases
+from mlcd_ds.engine.precision import head_config
 from mlcd_ds.engine.profiling import StepProfiler
+from mlcd_ds.engine.run_folder import run_inputs
 from mlcd_ds.engine.schedule import average_decay, learning_rate
 from mlcd_ds.engine.step_clock import StepClock
 from mlcd_ds.engine.step_log import StepLog, StepResult
-from mlcd_ds.engine.weights import checkpoint_folders, load_released
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.groups import make_head_groups
 from mlcd_ds.heads.partial_fc import PartialFCHead
@@ -72,9 +74,8 @@ class Trainer:
         seed = recipe.train.seed
         backbone = ViT(recipe.model)
         backbone.init_weights(torch.Generator().manual_seed(seed))
-        if recipe.train.init_from and not checkpoint_folders(recipe.train.out):
-            notes = load_released(recipe.train.init_from, backbone)
-            logger.info("; ".join([f"train: the backbone starts from {recipe.train.init_from}", *notes]))
+        start = find_start(recipe, labels, group)
+        notes = start.fill_backbone(backbone) if start else []
         backbone.set_recompute(recipe.train.recompute)
         if recipe.train.compile:
             for block in backbone.encoder.layers:
@@ -85,14 +86,19 @@ class Trainer:
         self.head = PartialFCHead(
             labels.num_centers,
             recipe.model.embed_dim,
-            recipe.head.with_precision(recipe.train.precision),
+            head_config(recipe, device),
             ClassLoss(recipe.objective),
             make_head_groups(group, recipe.head.parallel_size, layout.tensor_parallel),
             seed,
             device,
         )
         clusters = recipe.data.clusters if recipe.head.init == "centers" else None
-        self.head.init_weights(self._own_centers(clusters) if clusters else None)
+        if start and start.checkpoint:
+            notes += start.fill_head(self.head)
+        else:
+            self.head.init_weights(self._own_centers(clusters) if clusters else None)
+        if start:
+            logger.info("; ".join([f"train: starts from {start.folder}", *notes]))
         self.head_optimizer = head_optimizer(self.head, recipe.optimizer)
         self.clock = StepClock(device)
         self.state = engine_state(self.engine)
@@ -108,7 +114,8 @@ class Trainer:
             self.head,
             self.head_optimizer,
             group,
-            {"index": index.manifest.fingerprint, "labels": labels.manifest.fingerprint},
+            run_inputs(index, labels),
+            ds_config,
         )
 
     def _own_centers(self, folder: Path) -> Tensor:
@@ -204,7 +211,7 @@ class Trainer:
                 is_logged = is_last or is_due(done, train.log_every)
                 if is_logged:
                     log.add(done, result)
-                is_stopped = stop.is_asked(self.group) and not is_last
+                is_stopped = stop.was_asked(self.group) and not is_last
                 is_saved = is_stopped or is_last or is_due(done, train.checkpoint_every)
                 is_saved = is_saved or is_due(done, train.milestone_every)
                 if is_saved or is_logged:

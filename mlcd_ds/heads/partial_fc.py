@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mlcd_ds.artefacts.typed import Frozen
+from mlcd_ds.artefacts.typed import Frozen, free_field
 from mlcd_ds.heads.center_init import normal_centers, projected_centers
 from mlcd_ds.heads.centers import Centers, sample_features, scatter_features, through_unit, to_unit
 from mlcd_ds.heads.choose_exp_block import choose_exp_block
@@ -41,25 +41,22 @@ class HeadConfig(Frozen):
         "normal", description="first centres: random, or the k-means centres in data.clusters, projected"
     )
     init_std: float = Field(0.01, gt=0, description="deviation of the first centres' entries")
-    parallel_size: int | None = Field(
+    parallel_size: int | None = free_field(
         None, ge=1, description="ranks that share the classes; null: all; fewer: every so many ranks hold a copy"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of the products; sums, weights and moments are fp32. auto: fp32 where the backbone's is"
+        "auto",
+        description="of the products; sums, weights and moments are fp32. auto: bf16, but fp32 where the backbone's is "
+        "or the GPU has no bf16",
     )
     kernel: Literal["auto", "torch", "triton"] = Field(
-        "auto", description="of the logits' blocks; auto: triton on a GPU where it is installed, else torch"
+        "auto", description="of the logits' blocks; auto: triton in bf16 on a GPU where it is installed, else torch"
     )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="of the centres")
     update: Literal["lazy", "dense"] = Field(
         "lazy", description="lazy: a step moves the rows that it touched; dense: all rows, as torch's optimizers do"
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
-
-    def with_precision(self, backbone: str) -> HeadConfig:
-        """These settings with precision "auto" decided by the backbone's."""
-        chosen = "fp32" if backbone == "fp32" else "bf16"
-        return self if self.precision != "auto" else self.model_copy(update={"precision": chosen})
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class PartialFCHead(nn.Module):
         self.classes = class_range(num_classes, groups.classes.size, groups.classes.rank)
         self.allow_host_sync = torch.device(device).type == "cpu"
         self.matmul = Matmul(config.precision == "bf16", torch.device(device).type)
-        self.exp_block = choose_exp_block(config.kernel, self.matmul)
+        self.exp_block = choose_exp_block(config.kernel, self.matmul, torch.device(device))
         shape = len(self.classes), dim
         self.weight_LE = nn.Parameter(torch.full(shape, float("nan"), device=device), requires_grad=False)
         self.register_buffer("grad_LE", torch.zeros(shape, device=device), persistent=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mlcd_ds.errors import UserError
 from mlcd_ds.kernels.matmul import Matmul
-from mlcd_ds.kernels.triton_product import tile_product
+from mlcd_ds.kernels.triton_product import NUM_WARPS, tile_product
 
 
 @triton.jit
@@ -65,12 +65,12 @@ def exp_block_kernel(
 
 @dataclass(frozen=True)
 class TritonExpBlock:
-    """The block by `exp_block_kernel`. Its tiles suit 8 warps of a GPU's tensor cores; fp32 is not rounded to tf32."""
+    """The block by `exp_block_kernel`, in tiles of `tile_shape`. fp32 is not rounded to tf32."""
 
     matmul: Matmul
-    block_g: int = 128
-    block_s: int = 128
-    block_e: int = 64
+    block_g: int
+    block_s: int
+    block_e: int
 
     def __call__(
         self, emb_gE: Tensor, scaled_sE: Tensor, slots_gP: Tensor, shift: float, factors_g: Tensor | None
@@ -97,6 +97,6 @@ class TritonExpBlock:
             block_g=self.block_g,
             block_s=self.block_s,
             block_e=self.block_e,
-            num_warps=8,
+            num_warps=NUM_WARPS,
         )
         return exp_gs, None if factors_g is not None else sums_Tg.sum(dim=0)

@@ -5,6 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+NUM_WARPS = 8
+
+
+def tile_shape(is_bf16: bool) -> tuple[int, int, int]:
+    """Rows on the left, rows on the right and features of a tile.
+
+    bf16 has tensor cores. In fp32 a tile's sums and factors are in registers: larger ones would spill to memory.
+    tests/kernels compiles both and looks.
+    """
+    return (128, 128, 64) if is_bf16 else (128, 64, 16)
+
 
 @triton.jit
 def tile_product(

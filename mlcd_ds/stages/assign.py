@@ -24,7 +24,7 @@ from mlcd_ds.artefacts.files import write_atomic
 from mlcd_ds.artefacts.manifest import library_versions, read_manifest, write_manifest
 from mlcd_ds.clustering.assigner import AssignerName, Precision
 from mlcd_ds.clustering.center_store import CenterStore
-from mlcd_ds.clustering.choose_assigner import choose_assigner, resolve_precision
+from mlcd_ds.clustering.choose_assigner import choose_assigner, describe_assigner, resolve_precision
 from mlcd_ds.clustering.embedding_store import EmbeddingManifest, embedding_rows
 from mlcd_ds.clustering.label_pass import label_rows
 from mlcd_ds.data.label_store import LabelManifest, check_labels
@@ -81,10 +81,12 @@ def run(options: Options, context: runner.Context) -> None:
     if runner.already_done(options, context, LabelManifest, wanted):
         return
     index = None if options.index is None else open_index(options.index, embeddings.inputs["index"])
-    runner.logger.info("assign: %d images x %d labels -> %s", embeddings.num_images, options.num_labels, options.out)
     is_bf16 = resolve_precision(
         options.precision, context.device, embeddings.num_images * clusters.num_centers * clusters.dim
     )
+    searcher = describe_assigner(options.assigner, context.device, is_bf16)
+    shape = (embeddings.num_images, options.num_labels)
+    runner.logger.info("assign: %d images x %d labels by %s -> %s", *shape, searcher, options.out)
     assigner = choose_assigner(options.assigner, clusters.metric, context.device, is_bf16)
     if options.dry_run:
         return

@@ -24,10 +24,10 @@ from mlcd_ds.artefacts.files import write_atomic
 from mlcd_ds.artefacts.manifest import library_versions, write_manifest
 from mlcd_ds.clustering.assigner import Assigner, AssignerName, Metric, Precision
 from mlcd_ds.clustering.center_store import ClusterManifest
-from mlcd_ds.clustering.choose_assigner import choose_assigner, resolve_precision
-from mlcd_ds.clustering.duplicates import Duplicates, find_duplicates
+from mlcd_ds.clustering.choose_assigner import choose_assigner, describe_assigner, resolve_precision
+from mlcd_ds.clustering.duplicates import find_duplicates
 from mlcd_ds.clustering.embedding_store import EmbeddingStore
-from mlcd_ds.clustering.first_centers import InitName, first_centers
+from mlcd_ds.clustering.first_centers import InitName, first_centers, resolve_init
 from mlcd_ds.clustering.kmeans import Clustering, Rules, kmeans, make_phases, next_phase
 from mlcd_ds.clustering.kmeans_memory import memory_table
 from mlcd_ds.clustering.kmeans_state import STATE_NAME, load_state, save_state
@@ -53,7 +53,9 @@ class Options(runner.StageOptions):
         0, ge=0, lt=2**31, description="seed of the first centres, of samples, and of the splits of empty clusters"
     )
     metric: Metric = Field("cosine", description="cosine (unit centres) or euclidean")
-    init: InitName = Field("auto", description="first centres; auto is two_level from 20,000 centres on, else random")
+    init: InitName = Field(
+        "auto", description="first centres; auto: kmeans++ up to 1,000, two_level from 20,000 centres"
+    )
     moving_iterations: int = Field(
         10, ge=0, description="first iterations in which centres move from cheap clusters to expensive ones"
     )
@@ -74,7 +76,8 @@ class Options(runner.StageOptions):
 def parameters_of(options: Options) -> dict:
     """What the centres depend on: all options but those that say how they are computed (assigner, precision)."""
     names = {"embeddings", "out", "dry_run", "overwrite", "assigner", "precision"}
-    return options.model_dump(mode="json", exclude=names)
+    parameters = options.model_dump(mode="json", exclude=names)
+    return {**parameters, "init": resolve_init(options.init, options.num_centers)}
 
 
 def state_key(options: Options, inputs: dict[str, str], num_phases: int) -> str:
@@ -104,8 +107,10 @@ def cluster(options: Options, context: runner.Context, stop: StopRequest) -> int
     wanted = manifest_of(options, store)
     if runner.already_done(options, context, ClusterManifest, wanted):
         return 0
-    runner.logger.info("cluster: %d x %d into %d -> %s", store.num_rows, store.dim, options.num_centers, options.out)
     is_bf16 = resolve_precision(options.precision, device, store.num_rows * options.num_centers * store.dim)
+    searcher = describe_assigner(options.assigner, device, is_bf16)
+    shape = (store.num_rows, store.dim, options.num_centers)
+    runner.logger.info("cluster: %d x %d into %d by %s -> %s", *shape, searcher, options.out)
 
     def make_assigner() -> Assigner:
         return choose_assigner(options.assigner, options.metric, device, is_bf16)
@@ -114,14 +119,15 @@ def cluster(options: Options, context: runner.Context, stop: StopRequest) -> int
     duplicates = None if options.dry_run else leave_out_duplicates(options, store, group)
     rules = make_rules(options, store.num_rows)
     if options.dry_run:
-        sizes = (store.num_rows, options.num_centers, store.dim, group.size)
-        runner.logger.info("%s", memory_table(*sizes, rules.phases, device.type, is_bf16))
+        shape = (store.num_rows, options.num_centers, store.dim)
+        runner.logger.info("%s", memory_table(*shape, group.size, rules.phases, device.type, is_bf16))
         return 0
     state_path, key = options.out / STATE_NAME, state_key(options, wanted.inputs, len(rules.phases))
     start = None if options.overwrite else load_state(state_path, key)
     if start is None or start.num_iterations > options.num_iterations:
-        sizes = (options.num_centers, options.metric, options.seed)
-        first_CE = first_centers(options.init, store, group, *sizes, make_assigner, device)
+        first_CE = first_centers(
+            options.init, store, group, options.num_centers, options.metric, options.seed, make_assigner, device
+        )
         start = Clustering(first_CE, np.zeros(options.num_centers, dtype=np.int64))
     bar = tqdm(
         total=options.num_iterations,
@@ -190,18 +196,18 @@ def make_rules(options: Options, num_rows: int) -> Rules:
     return Rules(options.metric, phases, options.tolerance, repair, options.seed, moving_iterations(options))
 
 
-def leave_out_duplicates(options: Options, store: EmbeddingStore, group: Group) -> Duplicates | None:
+def leave_out_duplicates(options: Options, store: EmbeddingStore, group: Group) -> np.ndarray | None:
     """Find near copies, where asked for, and have the store leave them out. Collective."""
     if options.duplicates_above is None:
         return None
     found = find_duplicates(store, group, options.duplicates_above, options.seed)
     runner.logger.info(
         "cluster: %d near copies left out of %d images, %.1f %%",
-        len(found.numbers),
+        len(found),
         store.num_rows,
-        100 * len(found.numbers) / store.num_rows,
+        100 * len(found) / store.num_rows,
     )
-    store.exclude(found.numbers)
+    store.exclude(found)
     if options.num_centers > store.num_rows:
         raise UserError(
             f"--num-centers {options.num_centers} is more than the {store.num_rows} images without copies: choose "
@@ -210,11 +216,11 @@ def leave_out_duplicates(options: Options, store: EmbeddingStore, group: Group) 
     return found
 
 
-def finish(out: Path, wanted: ClusterManifest, result: Clustering, duplicates: Duplicates | None) -> None:
+def finish(out: Path, wanted: ClusterManifest, result: Clustering, duplicates: np.ndarray | None) -> None:
     """Write the centres and the manifest, and say what came out."""
     arrays = {"centers.npy": result.centers_CE.cpu().numpy()}
     if duplicates is not None:
-        arrays["duplicates.npy"] = duplicates.numbers
+        arrays["duplicates.npy"] = duplicates
     files = {
         name: write_atomic(out / name, lambda file, array=array: np.save(file, array)) for name, array in arrays.items()
     }
@@ -222,7 +228,7 @@ def finish(out: Path, wanted: ClusterManifest, result: Clustering, duplicates: D
         "objective": result.objective,
         "num_splits": result.num_splits,
         "num_rows": tuple(iteration.num_rows for iteration in result.history),
-        "num_duplicates": 0 if duplicates is None else len(duplicates.numbers),
+        "num_duplicates": 0 if duplicates is None else len(duplicates),
     }
     write_manifest(out, wanted.model_copy(update={"files": files, **history}))
     runner.logger.info(

@@ -27,7 +27,7 @@ from mlcd_ds.artefacts.files import write_atomic, write_json
 from mlcd_ds.artefacts.manifest import Manifest, library_versions, write_manifest
 from mlcd_ds.artefacts.readers import read_json
 from mlcd_ds.artefacts.typed import MAX_BATCH, MAX_THREADS
-from mlcd_ds.data.dali import ImageDecoder
+from mlcd_ds.data.dali import EvaluationDecoder
 from mlcd_ds.data.loader import shard_images
 from mlcd_ds.data.sample_labels import shard_labels
 from mlcd_ds.data.shard_index import ShardIndex
@@ -72,7 +72,7 @@ def compute_features(
 
     Returns the shards' notes: on rank 0 all.
     """
-    decoder = ImageDecoder(options.batch_size, encoder.pixels, context.device, options.num_threads)
+    decoder = EvaluationDecoder(options.batch_size, encoder.pixels, context.device, options.num_threads)
     numbers = {entry.name: number for number, entry in enumerate(index.shards) if entry.num_images}
 
     def work(name: str) -> tuple[dict, dict]:
@@ -151,10 +151,11 @@ def run(options: Options, context: runner.Context) -> None:
         train_ND, train_labels_N = read_features(train, features / "train", train_notes, key, device)
         test_MD, test_labels_M = read_features(test, features / "test", test_notes, key, device)
         num_classes = int(train_labels_N.max()) + 1
-        if num_classes > len(train_labels_N):
+        num_different = len(train_labels_N.unique())
+        if num_classes > max(10_000, 100 * num_different):  # a row of weights each would exhaust memory
             raise UserError(
-                f"{options.train_index} has label {num_classes - 1}, but only {len(train_labels_N)} labelled images: "
-                f"{key!r} holds no class numbers. Name another --label-key."
+                f"{options.train_index} has label {num_classes - 1}, but only {num_different} different ones: {key!r} "
+                "holds ids, not class numbers. Name another --label-key."
             )
         if int(test_labels_M.max()) >= num_classes:
             raise UserError(f"{options.test_index} has label {int(test_labels_M.max())}, which no training image has.")

@@ -6,8 +6,9 @@ Needs no GPU and no data.
   mlcd plan --recipe vit_bigg_14 --gpus 256 --deepspeed_config ds_configs/tp2_zero3_bf16.json
 
 Memory follows from shapes: what ZeRO keeps for AdamW (Muon keeps less), activations counted on two real blocks, the
-head by the formulas of docs/head.md; docs/design.md compares it with what was measured. Time follows from the
-operations of forward and backward and an *assumed* share of the GPU's peak (--mfu): measure yours, and give it.
+head by the formulas of docs/head.md; docs/design.md compares it with what was measured. 5 % of a GPU are to stay free.
+Time follows from the operations of forward and backward, an *assumed* share of the GPU's peak (--mfu), and the bytes
+that travel over an *assumed* bandwidth (--network): measure yours, and give it.
 """
 
 from __future__ import annotations
@@ -19,31 +20,28 @@ from pathlib import Path
 import torch
 
 from mlcd_ds.clustering.kmeans_memory import cluster_memory, predicted_seconds
-from mlcd_ds.config import Recipe, load_recipe, recipe_names, with_precision
-from mlcd_ds.distributed.ds_config import (
-    ZeroBuffers,
-    check_zero_section,
-    read_ds_config,
-    stated_precision,
-    tensor_parallel_size,
-    zero_buffers,
-)
+from mlcd_ds.config import Recipe, load_recipe, recipe_names
+from mlcd_ds.distributed.ds_config import ZeroBuffers, read_ds_config, zero_buffers
+from mlcd_ds.engine.engine_config import read_layout
 from mlcd_ds.engine.hardware import GPUS, Gpu
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.phases import phases
-from mlcd_ds.engine.run_memory import training_memory
+from mlcd_ds.engine.precision import decide_precision
+from mlcd_ds.engine.run_memory import decoding_memory, training_memory
+from mlcd_ds.engine.run_time import StepTime, step_time, traffic
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.class_sampling import num_sampled
 from mlcd_ds.heads.class_shards import class_range
 from mlcd_ds.heads.head_memory import head_memory
 from mlcd_ds.models.layers import Recompute
 from mlcd_ds.models.noise import num_kept
-from mlcd_ds.models.vit import flops_per_image
+from mlcd_ds.models.vit import ViT, flops_per_image, num_parameters
 from mlcd_ds.stages import runner
 
 GIB = 2**30
 BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 50_000_000}  # as in ds_configs/
-RUNTIME_GIB = 2.0  # CUDA's and NCCL's own, and what the allocator cannot use: assumed
+RUNTIME_GIB = 2.0  # CUDA's and NCCL's own: assumed
+MARGIN = 0.05  # of the memory that a plan leaves free: the allocator's gaps, and this plan's own errors
 RECOMPUTES: tuple[Recompute, ...] = ("none", "mlp", "block")
 
 
@@ -60,6 +58,16 @@ def training_flops(recipe: Recipe, recompute: Recompute) -> float:
     return total / recipe.train.steps
 
 
+def training_tokens(recipe: Recipe) -> float:
+    """Tokens of an image; the mean over the phases."""
+    config, total = recipe.model, 0
+    for phase in phases(recipe):
+        num_patches = (phase.image_size // config.patch_size) ** 2
+        tokens = num_kept(num_patches, phase.token_drop, config.num_other_tokens) + config.num_other_tokens
+        total += tokens * (phase.end - phase.begin)
+    return total / recipe.train.steps
+
+
 @dataclass(frozen=True)
 class Job:
     """What is planned: a recipe on GPUs in a layout."""
@@ -69,11 +77,18 @@ class Job:
     gpu_name: str
     num_centers: int
     buffers: ZeroBuffers
+    gradient_width: int = 4  # bytes of an element that travels
+    overlaps: bool = True
 
     @property
     def gpu(self) -> Gpu:
         """The kind of GPU."""
         return GPUS[self.gpu_name]
+
+    @property
+    def usable_gib(self) -> float:
+        """What a plan may take."""
+        return self.gpu.memory_gib * (1 - MARGIN)
 
     def memory_gib(self, micro_batch: int, recompute: Recompute) -> dict[str, float]:
         """GiB on one GPU, by what takes it."""
@@ -100,19 +115,34 @@ class Job:
         head = head_memory(shards, self.num_centers, recipe.model.embed_dim, images, recipe.objective.num_labels or 8)
         parts["head: state"] = head.pop("state")
         parts["head: during a step"] = sum(head.values())
-        return {name: size / GIB for name, size in parts.items()} | {"runtime (assumed)": RUNTIME_GIB}
+        largest = max(phase.image_size for phase in phases(recipe))
+        parts["DALI (images of 1 megapixel)"] = decoding_memory(micro_batch, largest)
+        return {name: size / GIB for name, size in parts.items()} | {"CUDA, NCCL (assumed)": RUNTIME_GIB}
+
+    def time(self, mfu: float | None, between_gb: float | None) -> StepTime:
+        """Seconds of a step, on average over the phases."""
+        recipe, layout, train = self.recipe, self.layout, self.recipe.train
+        per_rank = train.global_batch // layout.data_parallel
+        flops = training_flops(recipe, train.recompute) * per_rank / layout.tensor_parallel
+        batches = plan_batches(recipe, layout, 0)
+        with torch.device("meta"):
+            count = num_parameters(ViT(recipe.model)) // layout.tensor_parallel
+        tokens = training_tokens(recipe)
+        numbers = (batches.num_micro_batches, batches.micro_batch, tokens, self.gradient_width, self.overlaps)
+        computing = flops / (self.gpu.peak_tflops * 1e12 * (mfu or self.gpu.usual_mfu))
+        return step_time(computing, traffic(recipe, layout, count, *numbers), self.gpu, layout.num_ranks, between_gb)
 
     def largest_micro_batch(self, recompute: Recompute) -> int:
         """The largest micro-batch that fits, of those that divide a rank's part of the batch; 0 when none does."""
         per_rank = self.recipe.train.global_batch // self.layout.data_parallel
         fitting = [0]
         for count in (n for n in range(1, per_rank + 1) if per_rank % n == 0):
-            if sum(self.memory_gib(count, recompute).values()) <= self.gpu.memory_gib:
+            if sum(self.memory_gib(count, recompute).values()) <= self.usable_gib:
                 fitting.append(count)
         return fitting[-1]
 
 
-def page(job: Job, mfu: float | None) -> str:
+def page(job: Job, mfu: float | None, between_gb: float | None = None) -> str:
     """The whole plan as text."""
     recipe, layout, gpu, train = job.recipe, job.layout, job.gpu, job.recipe.train
     batches = plan_batches(recipe, layout, 0)
@@ -121,7 +151,8 @@ def page(job: Job, mfu: float | None) -> str:
     total = sum(parts.values())
     flops = training_flops(recipe, train.recompute)
     share = mfu or gpu.usual_mfu
-    step_s = flops * per_rank / layout.tensor_parallel / (gpu.peak_tflops * 1e12 * share)
+    time = job.time(mfu, between_gb)
+    step_s = time.total
     classes = class_range(job.num_centers, recipe.head.parallel_size or layout.num_ranks, 0)
     sampled = num_sampled(classes, recipe.head.sample_rate)
     head_flops = 8 * train.global_batch * sampled * recipe.model.embed_dim
@@ -132,7 +163,8 @@ def page(job: Job, mfu: float | None) -> str:
         "",
         "Memory a GPU, GiB",
         *(f"  {name:32}{size:8.2f}" for name, size in parts.items()),
-        f"  {'total':32}{total:8.2f} of {gpu.memory_gib:.0f}: {'fits' if total <= gpu.memory_gib else 'DOES NOT FIT'}",
+        f"  {'total':32}{total:8.2f} of {gpu.memory_gib:.0f}, of which {gpu.memory_gib * MARGIN:.1f} are to stay free: "
+        f"{'fits' if total <= job.usable_gib else 'DOES NOT FIT'}",
         "",
         "Largest micro-batch that fits, images",
     ]
@@ -149,10 +181,13 @@ def page(job: Job, mfu: float | None) -> str:
         f"Time at {100 * share:.0f} % of {gpu.peak_tflops} TFLOP/s ({'given' if mfu else 'assumed'})",
         f"  a step {step_s:8.2f} s   {train.global_batch / step_s:10.0f} images/s in all   "
         f"{train.global_batch / step_s / layout.num_ranks:8.0f} a GPU",
+        f"  computing {time.computing:.2f} s; communication {time.communication:.2f} s at "
+        f"{between_gb or gpu.between_gb:g} GB/s a GPU between nodes, {gpu.within_gb:g} within, of which "
+        f"{time.exposed:.2f} s is not hidden",
         f"  {train.steps} steps, {images / 1e9:.2f} G images: {step_s * train.steps / 86400:8.1f} days",
         f"  the head: {sampled} sampled classes a GPU, {100 * head_flops / (flops * per_rank):.2f} % of the operations",
     ]
-    if total > gpu.memory_gib:
+    if total > job.usable_gib:
         lines += ["", "To make it fit: a micro-batch of the table above (train.micro_batch_per_rank), or recompute."]
     elif job.largest_micro_batch(train.recompute) > micro_batch:
         lines += ["", "There is room for a larger train.micro_batch_per_rank: fewer, larger products and collectives."]
@@ -180,6 +215,13 @@ def positive(text: str) -> int:
     return value
 
 
+def above_zero(text: str) -> float:
+    """A number above zero."""
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above zero")
+    return value
+
+
 def share(text: str) -> float:
     """A number above 0 and up to 1."""
     if not 0 < (value := float(text)) <= 1:
@@ -201,6 +243,7 @@ def build_parser() -> runner.Parser:
     parser.add_argument("--num-centers", type=positive, default=1_000_000, help="classes (default: %(default)s)")
     parser.add_argument("--num-images", type=positive, default=400_000_000, help="to cluster (default: %(default)s)")
     parser.add_argument("--embedding-dim", type=positive, default=768, help="of the teacher (default: %(default)s)")
+    parser.add_argument("--network", type=above_zero, help="GB/s that a GPU sends to other nodes, such as 20")
     parser.add_argument("--mfu", type=share, help="share of the peak that your runs reach, such as 0.41")
     return parser
 
@@ -209,17 +252,22 @@ def run(args: argparse.Namespace) -> int:
     """Print the page."""
     path = args.deepspeed_config or Path(f"ZeRO {args.zero}")
     config: dict = {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": args.zero, **BUCKETS}}
+    config["communication_data_type"] = "fp32"
     if args.deepspeed_config:
         config = read_ds_config(path)
     if args.tensor_parallel:
         config["tensor_parallel"] = {"autotp_size": args.tensor_parallel}
-    recipe = with_precision(load_recipe(args.recipe, tuple(args.overrides)), stated_precision(config, path))
-    layout = Layout(args.gpus, tensor_parallel_size(config, path), check_zero_section(config, path))
+    recipe = decide_precision(load_recipe(args.recipe, tuple(args.overrides)), config, path)
+    layout = read_layout(config, path, args.gpus)
     if "offload_param" in config.get("zero_optimization", {}):
         raise UserError(f"{path}: what zero_optimization.offload_param saves is not planned: leave it out here.")
-    job = Job(recipe, layout, args.gpu, args.num_centers, zero_buffers(config, path))
+    width = 2 if recipe.train.precision != "fp32" and layout.zero_stage else 4
+    if config.get("communication_data_type") == "fp32":
+        width = 4
+    overlaps = bool(config.get("zero_optimization", {}).get("overlap_comm"))
+    job = Job(recipe, layout, args.gpu, args.num_centers, zero_buffers(config, path), width, overlaps)
     lines = clustering_lines(args.num_images, args.num_centers, args.embedding_dim, args.gpus)
-    runner.logger.info("\n".join([page(job, args.mfu), *lines]))
+    runner.logger.info("\n".join([page(job, args.mfu, args.network), *lines]))
     return 0
 
 

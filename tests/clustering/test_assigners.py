@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import replace
 from itertools import pairwise
 
+import faiss
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,13 @@ from distributed_harness import assert_close, assert_differs
 from mlcd_ds.clustering import blockwise
 from mlcd_ds.clustering.assigner import Assigner, Metric
 from mlcd_ds.clustering.blockwise import BlockShape, BlockwiseAssigner
-from mlcd_ds.clustering.choose_assigner import MANY_MULTIPLICATIONS, choose_assigner, resolve_precision
+from mlcd_ds.clustering.choose_assigner import (
+    MANY_MULTIPLICATIONS,
+    choose_assigner,
+    describe_assigner,
+    resolve_assigner,
+    resolve_precision,
+)
 from mlcd_ds.clustering.faiss_assigner import FaissAssigner
 from mlcd_ds.errors import UserError
 
@@ -152,8 +160,7 @@ def test_labels_of_more_centres_are_a_prefix() -> None:
     assert all(torch.equal(longer[:, : shorter.shape[1]], shorter) for shorter, longer in pairwise(found))
 
 
-def test_auto_takes_torch_on_a_cpu_and_bf16_for_large_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(choose_assigner("auto", "cosine", CPU, False), BlockwiseAssigner)
+def test_auto_is_bf16_for_large_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert [resolve_precision("auto", CPU, n * MANY_MULTIPLICATIONS) for n in (0.5, 2)] == [False, True]
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
@@ -161,9 +168,65 @@ def test_auto_takes_torch_on_a_cpu_and_bf16_for_large_work(monkeypatch: pytest.M
     assert resolve_precision("bf16", CPU, 0) and not resolve_precision("fp32", CPU, 1e30)
 
 
+def test_auto_is_faiss_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(choose_assigner("auto", "cosine", CPU, False), FaissAssigner)
+    assert isinstance(choose_assigner("auto", "cosine", CPU, True), BlockwiseAssigner)
+    assert describe_assigner("auto", CPU, False) == "faiss, fp32"
+    assert describe_assigner("torch", CPU, True) == "torch, bf16"
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(faiss, "StandardGpuResources", object(), raising=False)
+    assert resolve_assigner("auto", gpu, False) == "faiss"
+    monkeypatch.delattr(faiss, "StandardGpuResources")
+    assert resolve_assigner("auto", gpu, False) == "torch"
+    assert describe_assigner("auto", gpu, False) == ('torch, fp32 (no faiss here for cuda: pip install "mlcd_ds[gpu]")')
+    assert resolve_assigner("auto", gpu, True) == ("triton" if HAS_TRITON else "torch")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert resolve_assigner("auto", CPU, False) == resolve_assigner("auto", gpu, True) == "torch"
+
+
+def test_faiss_takes_the_threads_that_torch_has() -> None:
+    before = torch.get_num_threads()
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            check(FaissAssigner(), 40, 1, "cosine")
+            assert faiss.omp_get_max_threads() == number
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_faiss_is_told_of_a_processor_that_its_blas_overlooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, wanted = "OPENBLAS_CORETYPE", []
+    for capability, given in (("AVX512", ""), ("AVX512", "Haswell"), ("AVX2", "")):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        monkeypatch.setenv(name, given)
+        if not given:
+            monkeypatch.delenv(name)
+        FaissAssigner()
+        wanted.append(os.environ.get(name))
+    assert wanted == ["SkylakeX", "Haswell", None], "what the user says, stays"
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_faiss_finds_all_centres_where_as_many_are_wanted(metric: Metric) -> None:
+    check(FaissAssigner(metric), 3, 3, metric)
+    for assigner in (FaissAssigner(metric), BlockwiseAssigner(metric, False, CPU)):
+        assigner.set_centers(torch.eye(4))
+        with pytest.raises(AssertionError):  # faiss would say centre -1
+            assigner.search(torch.eye(4), 5)
+
+
 def test_what_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="--precision fp32"):
         choose_assigner("faiss", "cosine", CPU, True)
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert not resolve_precision("auto", gpu, 2 * MANY_MULTIPLICATIONS)
+    with pytest.raises(UserError, match=r"--precision bf16 needs a GPU with bf16.*--precision fp32"):
+        resolve_precision("bf16", gpu, 0)
+    if HAS_TRITON:
+        with pytest.raises(UserError, match=r"--assigner triton needs a GPU.*--assigner torch"):
+            choose_assigner("triton", "cosine", gpu, False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install triton"):
         choose_assigner("triton", "cosine", CPU, False)

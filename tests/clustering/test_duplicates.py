@@ -23,7 +23,7 @@ THRESHOLD = 0.98
 
 
 def run(group: Group, folder: Path) -> np.ndarray:
-    return find_duplicates(EmbeddingStore(folder, group.rank, group.size), group, THRESHOLD, seed=0).numbers
+    return find_duplicates(EmbeddingStore(folder, group.rank, group.size), group, THRESHOLD, seed=0)
 
 
 def oracle(folder: Path) -> np.ndarray:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from distributed_harness import assert_close, assert_differs, run_ranks
 from embeddings_maker import all_rows_of, blobs, write_embeddings
+from sklearn.cluster import kmeans_plusplus
 
 import mlcd_ds.clustering.first_centers as first_centers_module
 from mlcd_ds.clustering.assigner import Metric
@@ -64,6 +65,19 @@ def test_more_effort_gives_better_centres(folder: Path, lone_group: Group) -> No
         for name in names
     )
     assert plus < 0.97 * random and two < 0.9 * random
+
+
+def test_plus_plus_is_as_good_as_that_of_scikit_learn(tmp_path: Path, lone_group: Group) -> None:
+    """In more dimensions than it measures in. Known-bad twin: random rows."""
+    write_embeddings(tmp_path, blobs((801, 900), dim=300, num_blobs=80))
+    rows = all_rows_of(tmp_path)
+    theirs = [torch.from_numpy(kmeans_plusplus(rows, 90, random_state=s)[0]) for s in range(3)]
+    wanted = np.mean([mean_distance(tmp_path, centers) for centers in theirs])
+    plus, random = (
+        np.mean([mean_distance(tmp_path, run(lone_group, tmp_path, name, 90, "euclidean", s)) for s in range(3)])
+        for name in ("kmeans++", "random")
+    )
+    assert plus < 0.99 * wanted < 0.8 * random  # measured: 0.97 of theirs, which is 0.69 of random
 
 
 @pytest.mark.parametrize("name", ["random", "kmeans++"])

@@ -30,7 +30,14 @@ NUM_ITERATIONS, OPENS = 6, 3  # numpy opens a file so often to map it
 
 
 def options_of(folder: Path, out: str, **changed: object) -> Options:
-    given = {"num_centers": 13, "num_iterations": NUM_ITERATIONS, "full_iterations": 3, "points_per_center": (30,)}
+    # Random first centres open a shard once (see `run_and_die`).
+    given = {
+        "init": "random",
+        "num_centers": 13,
+        "num_iterations": NUM_ITERATIONS,
+        "full_iterations": 3,
+        "points_per_center": (30,),
+    }
     return Options(embeddings=folder / "embeddings", out=folder / out, **{**given, "tolerance": 0, **changed})
 
 
@@ -152,15 +159,18 @@ def test_every_damage_to_a_state_is_found(tmp_path: Path) -> None:
 
 
 def test_what_the_key_depends_on(tmp_path: Path) -> None:
-    base = options_of(tmp_path, "out", num_iterations=20)
+    base = options_of(tmp_path, "out", num_iterations=20, init="auto")
     keys = {state_key(options_of(tmp_path, "out", **c), {}, 1) for c in ({"seed": 1}, {"metric": "euclidean"}, {})}
     assert len(keys) == 3
-    more = options_of(tmp_path, "out", num_iterations=50, assigner="faiss", precision="bf16")
+    more = options_of(tmp_path, "out", num_iterations=50, init="auto", assigner="faiss", precision="bf16")
     assert state_key(more, {}, 1) == state_key(base, {}, 1), "more iterations go on, and so does another assigner"
     assert state_key(more, {}, 2) != state_key(base, {}, 2), "the borders of phases would move"
     few = options_of(tmp_path, "out", num_iterations=3)
     assert state_key(few, {}, 1) != state_key(base, {}, 1), "no centre moved so shortly before the end"
     assert "assigner" not in parameters_of(base)
+    named = options_of(tmp_path, "out", num_iterations=20, init="kmeans++")
+    assert parameters_of(base) == parameters_of(named), "what auto chose is recorded"
+    assert parameters_of(base) != parameters_of(options_of(tmp_path, "out", num_iterations=20))
 
 
 def test_a_manifest_of_before_is_read(folder: Path) -> None:

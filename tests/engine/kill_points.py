@@ -62,7 +62,7 @@ def child(out: Path, point: int, report: int) -> None:
     recipe = parse_recipe(yaml.safe_load(yaml.safe_dump(content)), "kill points")
     for module in (training_state, head_state):
         module.save_file = torn_first(module.save_file)
-    with process_group(Launch(0, 0, 1, 1, "single")) as group:
+    with process_group(Launch(0, 0, 1, 1)) as group:
         backbone = ViT(recipe.model)
         backbone.init_weights(torch.Generator().manual_seed(0))
         batch = {"train_batch_size": (4, "test"), "train_micro_batch_size_per_gpu": (4, "test")}
@@ -78,7 +78,7 @@ def child(out: Path, point: int, report: int) -> None:
         optimizer.step(recipe.optimizer.lr)
         state = engine_state(engine)
         state.begin_average()
-        checkpointer = Checkpointer(recipe, Layout(1, 1, 1), state, head, optimizer, group, {})
+        checkpointer = Checkpointer(recipe, Layout(1, 1, 1), state, head, optimizer, group, {}, config)
         step = checkpointer.resume()
         os.write(report, f"{point} {step} ".encode())
         left = point

@@ -14,9 +14,9 @@ from mlcd_ds.config import Recipe, parse_recipe
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
+from mlcd_ds.engine.engine_config import resolve_ds_config
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.trainer import Trainer
-from mlcd_ds.stages.train import resolve_ds_config
 
 
 def make_trainer(

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from distributed_harness import assert_close, assert_differs, run_ranks
 from torch import Tensor
 
+from mlcd_ds.config import load_recipe
 from mlcd_ds.distributed.collectives import Group
+from mlcd_ds.engine.precision import head_config
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads import negatives
 from mlcd_ds.heads.centers import Centers
@@ -24,6 +26,7 @@ from mlcd_ds.objectives.class_losses import ClassLoss, ObjectiveConfig
 
 NUM_IMAGES, NUM_CLASSES, NUM_SAMPLED, DIM, NUM_LABELS = 19, 60, 43, 24, 3
 SHIFT = 8.0
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # conftest.py has it interpret its kernels
 KERNELS = [
     "torch",
@@ -52,7 +55,7 @@ def in_blocks(kernel: str, precision: str, monkeypatch: pytest.MonkeyPatch, bloc
     dtype = torch.float64 if precision == "float64" else torch.float32
     emb_GE, weight_LE, rows_S, slots_GP, factors_G = make_inputs(dtype)
     matmul = Matmul(precision == "bf16", "cpu")
-    exp_block = choose_exp_block(kernel, matmul)
+    exp_block = choose_exp_block(kernel, matmul, CPU)
     if kernel == "triton":  # small tiles: their edges lie inside of a block
         exp_block = replace(exp_block, block_g=16, block_s=16, block_e=16)
     grad_LE = torch.zeros_like(weight_LE)
@@ -111,18 +114,48 @@ def test_bf16_rounds_what_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_auto_takes_torch_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(choose_exp_block("auto", Matmul(False, "cpu")), TorchExpBlock)
+    assert isinstance(choose_exp_block("auto", Matmul(False, "cpu"), CPU), TorchExpBlock)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert isinstance(choose_exp_block("auto", Matmul(True, "cuda")), TorchExpBlock)
+    assert isinstance(choose_exp_block("auto", Matmul(True, "cuda"), GPU), TorchExpBlock)
     with pytest.raises(UserError, match="pip install triton"):
-        choose_exp_block("triton", Matmul(True, "cuda"))
+        choose_exp_block("triton", Matmul(True, "cuda"), GPU)
+
+
+# What a head takes on GPUs of a compute capability, by the backbone's precision: its own, and the kernel.
+ON_GPUS = [
+    ((7, 0), "fp16", "fp32", "torch"),
+    ((7, 0), "fp32", "fp32", "torch"),
+    ((8, 0), "fp16", "bf16", "triton"),
+    ((9, 0), "bf16", "bf16", "triton"),
+    ((9, 0), "fp32", "fp32", "torch"),
+]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize(("capability", "backbone", "precision", "kernel"), ON_GPUS)
+def test_auto_takes_what_the_gpu_can(
+    capability: tuple[int, int], backbone: str, precision: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config = head_config(load_recipe("vit_l_14", (f"train.precision={backbone}",)), GPU)
+    block = choose_exp_block(config.kernel, Matmul(config.precision == "bf16", "cuda"), GPU)
+    assert (config.precision, isinstance(block, TorchExpBlock)) == (precision, kernel == "torch")
+
+
+def test_what_a_gpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    with pytest.raises(UserError, match=r"head.precision bf16 needs a GPU with bf16.*head.precision=fp32"):
+        head_config(load_recipe("vit_l_14", ("head.precision=bf16",)), GPU)
+    if HAS_TRITON:
+        with pytest.raises(UserError, match=r"head.kernel triton needs a GPU, Ampere"):
+            choose_exp_block("triton", Matmul(False, "cuda"), GPU)
 
 
 def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_exp_block("triton", Matmul(True, "cpu")), "tests run under TRITON_INTERPRET=1"
+    assert choose_exp_block("triton", Matmul(True, "cpu"), CPU), "tests run under TRITON_INTERPRET=1"
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(UserError, match=r"head.kernel is triton, but this process sees no GPU: set head.kernel=auto"):
-        choose_exp_block("triton", Matmul(True, "cpu"))
+        choose_exp_block("triton", Matmul(True, "cpu"), CPU)
 
 
 def run_precisions(group: Group) -> dict[str, dict[str, Tensor]]:

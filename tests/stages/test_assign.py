@@ -100,6 +100,21 @@ def test_the_stages_label_every_row_of_every_shard(tmp_path: Path) -> None:
     assert sizes.dtype == np.int64 and np.array_equal(sizes, np.bincount(nearest, minlength=10))
 
 
+@pytest.mark.parametrize("assigner", ["faiss", "torch"])
+def test_a_row_that_is_not_finite_is_named(
+    tmp_path: Path, assigner: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = [str(tmp_path / name) for name in ("embeddings", "clusters", "labels")]
+    shards = blobs((50, 20), dim=16, num_blobs=6)
+    write_embeddings(tmp_path / "embeddings", shards)
+    assert cluster(["--embeddings", folders[0], "--num-centers", "10", "--out", folders[1]]) == 0
+    shards[1][7, 3] = np.nan
+    write_embeddings(tmp_path / "embeddings", shards)
+    arguments = ["--embeddings", folders[0], "--clusters", folders[1], "--out", folders[2], "--assigner", assigner]
+    assert assign.main(arguments) == 2
+    assert "00001.npy row 7 is not finite" in capsys.readouterr().err + caplog.text
+
+
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_a_threshold_leaves_the_similar_ones_and_the_nearest(
     problem: tuple[np.ndarray, np.ndarray], metric: str

@@ -278,3 +278,13 @@ def test_features_changed_under_a_resumed_evaluation_are_named(labelled: Path) -
         path.write_bytes(sound)
         assert run_stage("evaluate", *flags).status == 0
         assert (labelled / "out" / "report.json").read_bytes() == wanted
+
+
+def test_ids_are_not_taken_for_classes(labelled: Path) -> None:
+    image = encode(picture(0, 8, 8))
+    members = [("0.jpg", image), ("0.json", b'{"label": 0}'), ("1.jpg", image), ("1.json", b'{"label": 999999}')]
+    shard = write_tar(labelled / "ids.tar", members)
+    assert run_stage("index", "--shards", shard, "--out", labelled / "ids").status == 0
+    flags = ["--model", "pixels@4", "--train-index", labelled / "ids", "--test-index", labelled / "test"]
+    message = message_of(run_stage("evaluate", *flags, "--out", labelled / "out"))
+    assert str(labelled / "ids") in message and "999999" in message and "--label-key" in message

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from mlcd_ds.config import load_recipe
-from mlcd_ds.distributed.ds_config import ZeroBuffers
+from mlcd_ds.distributed.ds_config import ZeroBuffers, zero_buffers
 from mlcd_ds.engine.activations import Activations, count_kept_bytes
+from mlcd_ds.engine.hardware import GPUS
 from mlcd_ds.engine.layout import Layout
-from mlcd_ds.engine.run_memory import training_memory
+from mlcd_ds.engine.run_memory import decoding_memory, training_memory
+from mlcd_ds.engine.run_time import Traffic, step_time, traffic
 from mlcd_ds.models.vit import ViT, ViTConfig, num_parameters
 from mlcd_ds.stages import plan
 
@@ -123,13 +125,100 @@ def test_the_papers_job(capfd: pytest.CaptureFixture) -> None:
     assert plan.main(["--recipe", "vit_l_14", "--gpus", "80", "--gpu", "a100-80gb"]) == 0
     told = capfd.readouterr()
     text = told.out + told.err
-    assert "batch 32800 = 80 x 5 x 82" in text and "80: fits" in text and "1250 sampled classes" in text
+    assert (
+        "batch 32800 = 80 x 5 x 82" in text and "4.0 are to stay free: fits" in text and "1250 sampled classes" in text
+    )
     assert "assumed" in text and "12.47 G images" in text
     assert "Clustering 400,000,000 x 768 into 1,000,000 centres" in text and "a pass 38 s" in text
     job = plan.Job(load_recipe("vit_l_14"), Layout(80, 1, 1), "a100-80gb", 10**6, ZeroBuffers(10**8))
     assert plan.training_flops(job.recipe, "none") == pytest.approx(486e9, rel=0.01)  # as all count ViT-L/14 at 224 px
     largest = job.largest_micro_batch("none")
-    assert sum(job.memory_gib(largest, "none").values()) <= 80 < sum(job.memory_gib(2 * largest, "none").values())
+    taken = [sum(job.memory_gib(count, "none").values()) for count in (largest, 2 * largest)]
+    assert taken[0] <= job.usable_gib == 76 < taken[1]
+
+
+def test_what_fits_without_the_margin_does_not_fit() -> None:
+    """39.66 GiB of 40 are none to start a run with."""
+    recipe = load_recipe("vit_l_14")
+
+    def job(count: int) -> plan.Job:
+        train = recipe.train.model_copy(update={"global_batch": 80 * count, "micro_batch_per_rank": None})
+        changed = recipe.model_copy(update={"train": train})
+        return plan.Job(changed, Layout(80, 1, 1), "a100-40gb", 10**6, ZeroBuffers(10**8))
+
+    def taken(count: int) -> float:
+        return sum(job(count).memory_gib(count, "none").values())
+
+    count = 100 + int((39.9 - taken(100)) / (taken(101) - taken(100)))
+    close = job(count)
+    assert close.usable_gib == 38 < taken(count) < 40
+    assert close.largest_micro_batch("none") < count
+    assert "DOES NOT FIT" in plan.page(close, None)
+
+
+def test_gradients_that_travel_in_fp32_are_copied(tmp_path: Path) -> None:
+    """A bucket at stage 1; at stage 3 the bucket and once more, in the order of the ranks."""
+    with torch.device("meta"):
+        count = num_parameters(ViT(CONFIG))
+    size = count // 4
+    for stage, copies in ((1, 1), (3, 2)):
+        section = {"stage": stage, "reduce_bucket_size": size}
+        taken = []
+        for dtype in ("bf16", "fp32"):
+            config = {"zero_optimization": section, "communication_data_type": dtype}
+            buffers = zero_buffers(config, tmp_path)
+            taken.append(sum(training_memory(CONFIG, "bf16", Layout(4, 1, stage), 1000, buffers=buffers).values()))
+        assert taken[1] - taken[0] == size * copies * 4
+        config = {"zero_optimization": section, "communication_data_type": "fp32"}
+        in_fp32 = [
+            sum(training_memory(CONFIG, "fp32", Layout(4, 1, stage), 1000, buffers=zero_buffers(c, tmp_path)).values())
+            for c in (config, {"zero_optimization": section})
+        ]
+        assert in_fp32[0] == in_fp32[1], "they are fp32 already"
+
+
+def test_decoding_takes_what_its_images_take() -> None:
+    one = decoding_memory(1, 224)
+    assert one == 2 * (2 * 3 * 10**6 + 2 * 3 * 224**2 + 4 * 3 * 224**2)  # two in flight; bytes, bytes, floats
+    assert decoding_memory(82, 224) == 82 * one < decoding_memory(82, 336)
+
+
+TRAFFIC = [
+    # stage, tensor parallel, micro-batches: of 1e6 parameters a rank, in fp32; all ring factors are 3/4 or 7/8
+    (0, 1, 1, {"hidden": 0, "waited_for": 0.75 * 2 * 4e6}),
+    (1, 1, 2, {"hidden": 0.75 * 2 * 4e6, "waited_for": 0.75 * 2e6}),
+    (2, 1, 2, {"hidden": 0.75 * 2 * 4e6 * 2, "waited_for": 0.75 * 2e6}),
+    (3, 1, 2, {"hidden": 0.75 * (4e6 * 2 + 2 * 2 * 2e6), "waited_for": 0}),
+]
+
+
+@pytest.mark.parametrize(("stage", "tensor_parallel", "num_micro_batches", "expected"), TRAFFIC)
+def test_what_travels_in_a_step(
+    stage: int, tensor_parallel: int, num_micro_batches: int, expected: dict[str, float]
+) -> None:
+    recipe = load_recipe("vit_l_14")
+    sent = traffic(recipe, Layout(4, tensor_parallel, stage), 10**6, num_micro_batches, 10, 257, 4, True)
+    images, dim, labels = 40, 768, 8
+    # Embeddings in bf16, their gradient in fp32, labels, and sums and cosines there and back.
+    head = 0.75 * images * (dim * 2 + dim * 4 + labels * 8 + 2 * (1 + labels) * 4) * num_micro_batches
+    assert sent.hidden == pytest.approx(expected["hidden"])
+    assert sent.waited_for == pytest.approx(expected["waited_for"] + head)
+    assert sent.within_node == 0
+
+
+def test_a_step_waits_for_what_computing_does_not_hide() -> None:
+    gpu = GPUS["a100-80gb"]
+    sent = Traffic(hidden=20e9, hiding_share=0.5, waited_for=2e9, within_node=24e9)
+    time = step_time(1.0, sent, gpu, 16)
+    assert (time.communication, time.exposed) == (pytest.approx(1 + 0.1 + 0.1), pytest.approx(0.5 + 0.2))
+    assert step_time(1.0, sent, gpu, 16, between_gb=40).exposed == pytest.approx(0.05 + 0.1)
+    assert step_time(1.0, sent, gpu, 8).exposed == pytest.approx((2 + 24) / 240), "within a node"
+
+
+def test_tensor_parallel_sums_stay_within_a_node() -> None:
+    recipe = load_recipe("vit_l_14")
+    sent = traffic(recipe, Layout(8, 2, 1), 10**6, 1, 10, 257, 4, True)
+    assert sent.within_node == 4 * 24 * 2 * 0.5 * 10 * 257 * 1024 * 2  # four sums a layer of tokens x width in bf16
 
 
 @pytest.mark.parametrize("name", ["zero1_bf16", "zero2_bf16", "zero3_bf16"])
@@ -157,6 +246,14 @@ def test_what_training_would_refuse_is_refused(
 ) -> None:
     assert plan.main(arguments) == 2
     assert message in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("flag", ["--network", "--mfu"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "much"])
+def test_speeds_are_above_zero(capfd: pytest.CaptureFixture, flag: str, value: str) -> None:
+    with pytest.raises(SystemExit):
+        plan.main([f"{flag}={value}"])
+    assert f"argument {flag}" in "".join(capfd.readouterr())
 
 
 def test_what_does_not_fit_is_said(capfd: pytest.CaptureFixture) -> None:
