@@ -119,6 +119,7 @@ def measure(name: str, *overrides: str) -> None:
         recompute=recipe.train.recompute,
         token_drop=recipe.train.token_drop,
         is_accumulated=batches_plan.num_micro_batches > 1,
+        has_average=recipe.train.ema_decay is not None,
         buffers=zero_buffers(config, path),
     )
     images = batches_plan.micro_batch * layout.data_parallel

@@ -34,6 +34,10 @@ class DataConfig(Frozen):
     labels: FilePath | None = free_field(None, description="folder of `mlcd assign`")
     clusters: FilePath | None = free_field(None, description="folder of `mlcd cluster`; head.init=centers reads it")
     augment: AugmentConfig = AugmentConfig()
+    knn_index: FilePath | None = free_field(
+        None, description="folder of `mlcd index` with labelled images, for train.knn_every"
+    )
+    knn_label_key: str = free_field("label", description="key of the whole number in their .json; null is no label")
     num_streams: int = Field(4, ge=1, description="equal parts of the global batch; ranks must divide it")
     shuffle_window: int = Field(
         8192, ge=1, le=10**8, description="samples of a stream that are shuffled among each other"
@@ -104,6 +108,14 @@ class TrainConfig(Frozen):
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, order, crops and sampled classes")
     checkpoint_every: int = free_field(1000, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = free_field(2, ge=1, description="newest checkpoints that stay on disk")
+    milestone_every: int | None = free_field(None, ge=1, description="steps between checkpoints that stay for good")
+    ema_decay: float | None = free_field(
+        None, gt=0, lt=1, description="of a moving average of the backbone's weights, kept beside them; null: none"
+    )
+    knn_every: int | None = free_field(None, ge=1, description="steps between kNN accuracies on data.knn_index")
+    profile_steps: tuple[int, int] | None = free_field(
+        None, description="first and last step, counted from 1, of a trace by torch.profiler in the run's folder"
+    )
     log_every: int = free_field(10, ge=1, description="steps between log entries; the host waits for the device then")
 
 
@@ -132,6 +144,10 @@ class Recipe(Frozen):
                 "head.sampling partial_fc draws around the labels of a whole batch, which micro-batches cut: set "
                 "train.micro_batch_per_rank=null or head.sampling=uniform"
             )
+        if self.train.knn_every and not self.data.knn_index:
+            raise ValueError("train.knn_every is given, but data.knn_index is not: add data.knn_index=FOLDER")
+        if (steps := self.train.profile_steps) and not 1 <= steps[0] <= steps[1]:
+            raise ValueError(f"train.profile_steps {list(steps)} must be a first and a last step, counted from 1")
         ends = [0, *(phase.until for phase in self.train.phases), self.train.steps]
         if ends != sorted(set(ends)):
             raise ValueError(

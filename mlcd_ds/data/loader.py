@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -130,7 +130,7 @@ class TrainLoader:
         )
         self.wait_s = 0.0
 
-    def batches(self, first_step: int) -> Iterator[LabelledBatch]:
+    def batches(self, first_step: int) -> Generator[LabelledBatch, None, None]:
         """Micro-batches of steps `first_step`, `first_step + 1`, ... in order.
 
         Files are read by one background thread, images decoded by DALI's threads, both ahead of the consumer.

@@ -12,15 +12,23 @@ from torch import nn
 from mlcd_ds.distributed.ds_config import choose_accelerator
 
 
-def muon_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def muon_optimizer(groups: list[dict[str, Any]], zero_stage: int) -> torch.optim.Optimizer:
     """DeepSpeed's Muon over groups with a `use_muon` flag, AdamW where it is False; tags the parameters, too."""
     choose_accelerator()
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
+    class SkippingMuon(MuonWithAuxAdam):
+        """Heeds `found_inf` as fused optimizers do, but the host waits for it. For stage 0: see `step_engine`."""
+
+        found_inf: torch.Tensor | None = None
+
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            return None if self.found_inf is not None and self.found_inf else super().step(*args, **kwargs)
+
     for group in groups:
         for parameter in group["params"]:
             parameter.use_muon = group["use_muon"]
-    return MuonWithAuxAdam(groups)
+    return MuonWithAuxAdam(groups) if zero_stage else SkippingMuon(groups)
 
 
 def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
@@ -34,10 +42,11 @@ def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config
     # On CPUs DeepSpeed would compile a shared-memory all-reduce for inference and map 69 MB a rank of /dev/shm for it,
     # which a killed process leaves behind. Training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    mpu = None
+    mpu: Any = None
     if (size := config.get("tensor_parallel", {}).get("autotp_size", 1)) > 1:
-        from deepspeed.utils import groups as mpu
+        from deepspeed.utils import groups
 
+        mpu = groups
         deepspeed.init_distributed(dist_init_required=False)
         mpu._init_tp_mesh_device(tensor_model_parallel_size=size)  # or the batch would be shared over all ranks
     for group in optimizer.param_groups:
@@ -53,11 +62,15 @@ def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config
 def step_engine(engine: Any) -> float | torch.Tensor | None:
     """`engine.step()`, which acts at the last micro-batch; returns the gradient's norm before clipping then.
 
-    Without ZeRO and without loss scaling the engine clips but does not tell the norm: it is taken before.
+    A gradient whose norm is not finite moves nothing, neither weights nor moments, and does not count as an update.
+    From stage 1 on, and in fp16, DeepSpeed sees to that. Without either it clips by such a norm and steps, and does not
+    tell the norm: it is taken here, and torch's fused AdamW skips the step on the device.
     """
     norm = None
-    if engine.is_gradient_accumulation_boundary() and engine.zero_optimization_stage() == 0:
+    is_whole = engine.zero_optimization_stage() == 0 and not engine.fp16_enabled()
+    if is_whole and engine.is_gradient_accumulation_boundary():
         norm = _gradient_norm(engine)
+        engine.optimizer.found_inf = (~norm.isfinite()).float()
     engine.step()
     told = engine.get_global_grad_norm()
     return norm if told is None else told

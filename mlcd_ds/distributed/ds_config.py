@@ -24,6 +24,7 @@ ELSEWHERE = {
     "scheduler": "the recipe's optimizer section",
     "tensorboard": "training writes TensorBoard by itself",
 }
+UNCHECKED = "without it a gradient that is not finite would spoil the weights"
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
@@ -134,6 +135,8 @@ def _zero_section(config: dict[str, Any], path: Path) -> Any:
     for key in ("reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size"):
         if getattr(checked, key) > MAX_BUCKET:
             raise UserError(f"{path}: zero_optimization.{key} is more than {MAX_BUCKET:,} elements: lower it.")
+    if not checked.compute_grad_norm:
+        raise UserError(f"{path}: zero_optimization.compute_grad_norm: {UNCHECKED}: leave it out.")
     if checked.round_robin_gradients:  # DeepSpeed 0.19 then returns the wrong parameters' weights
         raise UserError(f"{path}: zero_optimization.round_robin_gradients would spoil checkpoints: leave it out.")
     if checked.offload_optimizer and checked.offload_optimizer.device != "none":
@@ -150,6 +153,8 @@ def stated_precision(config: dict[str, Any], path: Path) -> str:
     for name in ("bf16", "fp16"):
         section = config.get(name, {})
         _check_section(section, path, name)
+        if section.get("check_grad_overflow") is False:
+            raise UserError(f"{path}: {name}.check_grad_overflow: {UNCHECKED}: leave it out.")
         if section.get("enabled") in (True, "auto"):
             return name
     return "fp32"

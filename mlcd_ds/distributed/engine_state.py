@@ -1,11 +1,13 @@
 """What a DeepSpeed engine trains, whole and in fp32, however ZeRO spreads it over the data-parallel ranks.
 
 DeepSpeed's own checkpoints hold each rank's part, and only as many ranks of the same ZeRO stage can read them. Whole
-weights and moments can be written by one layout and read by any other.
+weights and moments can be written by one layout and read by any other. One class a ZeRO family knows where DeepSpeed
+keeps what; a *master* is an fp32 tensor that the optimizer steps on: all that a rank updates is in its masters.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,10 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 ADAM_MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+AVERAGE = "average"  # of the weights: kept beside the moments, and read and set as they are
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-class EngineState:
+def engine_state(engine: Any) -> EngineState:
+    """The state of an engine, by its ZeRO stage."""
+    families = (WholeState, PartitionedState, PartitionedState, ShardedState)
+    return families[engine.zero_optimization_stage()](engine)
+
+
+class EngineState(ABC):
     """Weights, moments, the number of updates and the loss scale of an engine; parameters go by their names.
 
     Of a tensor-parallel group each rank has its own part here. To restore an engine that is new: `begin`, then `set`
@@ -25,14 +34,10 @@ class EngineState:
     """
 
     def __init__(self, engine: Any) -> None:
-        self._engine, self._stage = engine, engine.zero_optimization_stage()
-        self._zero = engine.optimizer
+        self._engine, self._zero = engine, engine.optimizer
         self._adam = getattr(engine.optimizer, "optimizer", engine.optimizer)  # torch's, wrapped or not
-        self._parameters = dict(engine.module.named_parameters())
-        self._masters = {parameter: parameter for parameter in self._parameters.values()}
-        if hasattr(self._zero, "fp32_groups"):  # fp16 without ZeRO
-            for shorts, masters in zip(self._zero.fp16_groups, self._zero.fp32_groups, strict=True):
-                self._masters |= dict(zip(shorts, masters, strict=True))
+        self._parameters: dict[str, Any] = dict(engine.module.named_parameters())
+        self.has_average = False
 
     @property
     def names(self) -> list[str]:
@@ -41,8 +46,8 @@ class EngineState:
 
     @property
     def num_updates(self) -> int:
-        """Optimizer steps so far, without those that a loss scale skipped. Without any there are no moments."""
-        return max((int(state["step"]) for state in self._adam.state.values() if "step" in state), default=0)
+        """Optimizer steps so far, without those that were skipped. Without any there are no moments. The host waits."""
+        return next((int(state["step"]) for state in self._adam.state.values() if "step" in state), 0)
 
     @property
     def loss_scale(self) -> dict[str, float]:
@@ -50,25 +55,25 @@ class EngineState:
         scaler = self._scaler()
         return {name: value for name in SCALER_FIELDS if (value := getattr(scaler, name, None)) is not None}
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all that this rank updates is, and its moments. The host waits."""
+        states = [self._adam.state.get(master, {}) for *_, master in self._masters()]
+        moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        masters = [master.detach() for *_, master in self._masters()]
+        return all(bool(tensor.isfinite().all()) for tensor in (*masters, *moments))
+
     def moments(self, name: str) -> tuple[str, ...]:
         """Names of a parameter's moments."""
         return MUON_MOMENTS if getattr(self._parameters[name], "use_muon", False) else ADAM_MOMENTS
 
+    @abstractmethod
     def get(self, name: str, moment: str | None = None) -> Tensor:
         """fp32 weights, or a moment, of a parameter's shape. Collective over the data-parallel ranks."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        parameter = self._parameters[name]
-        if self._stage == 0:
-            master = self._masters[parameter]
-            return (master if moment is None else self._adam.state[master][moment]).detach().float()
-        if moment in MUON_MOMENTS:
-            return self._muon_moment(parameter)
-        if moment is None:
-            return safe_get_full_fp32_param(parameter).detach()
-        if self._stage < 3:
-            self._link_moments(parameter)
-        return safe_get_full_optimizer_state(parameter, moment).detach()
+    @abstractmethod
+    def set(self, name: str, value: Tensor, moment: str | None = None) -> None:
+        """Put whole weights, or a whole moment, to their places on this rank."""
 
     def begin(self, num_updates: int, loss_scale: dict[str, float]) -> None:
         """Make room for the moments of so many updates (none at 0), and set the loss scale."""
@@ -76,58 +81,41 @@ class EngineState:
             if name in loss_scale and hasattr(self._scaler(), name):
                 setattr(self._scaler(), name, loss_scale[name])
         if num_updates:
-            for number, group, master in self._groups():
-                if group.get("use_muon", False):
-                    size = sum(p.numel() for p in self._zero.params_in_partition[number]) if self._stage else None
-                    zeros = torch.zeros_like(master) if size is None else master.new_zeros(size)
-                    self._adam.state[master] = {MUON_MOMENTS[0]: zeros.detach()}
-                    continue
-                is_torchs = isinstance(
-                    self._adam, torch.optim.AdamW
-                )  # and not the one beside Muon, which counts in int
-                step = torch.tensor(float(num_updates), device=master.device) if is_torchs else num_updates
-                zeros = {moment: torch.zeros_like(master.detach()) for moment in ADAM_MOMENTS}
-                self._adam.state[master] = {"step": step, **zeros}
-        if self._stage == 3:
-            self._zero.checkpoint_event_prologue()
+            for number, group, master in self._masters():
+                self._adam.state[master] = self._zero_moments(number, group, master, num_updates)
+
+    def begin_average(self) -> None:
+        """Keep a moving average of the weights from now on, of each rank's own masters: it starts as they are."""
+        self.has_average = True
+        for number, group, master in self._masters():
+            if not self._adam.state[master]:  # the optimizer makes its moments where there is no state yet
+                self._adam.state[master] = self._zero_moments(number, group, master, 0)
+            self._adam.state[master][AVERAGE] = master.detach().clone()
 
     @torch.no_grad()
-    def set(self, name: str, value: Tensor, moment: str | None = None) -> None:
-        """Put whole weights, or a whole moment, to their places on this rank."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    def update_average(self, decay: float) -> None:
+        """average <- decay * average + (1 - decay) * weights. No collective, and the host does not wait."""
+        masters = [master.detach() for *_, master in self._masters()]
+        averages = [self._adam.state[master][AVERAGE] for *_, master in self._masters()]
+        torch._foreach_lerp_(averages, masters, 1 - decay)
 
-        parameter = self._parameters[name]
-        value = value.to(parameter.device)
-        if self._stage == 3:
-            self._set_part(parameter, value, moment)
-        elif self._stage == 0:
-            master = self._masters[parameter]
-            (master if moment is None else self._adam.state[master][moment]).copy_(value)
-        elif moment in MUON_MOMENTS:
-            for buffer, _ in self._muon_buffers(parameter):
-                buffer.copy_(value.flatten())
-        elif moment is None:
-            safe_set_full_fp32_param(parameter, value)
-        else:
-            self._link_moments(parameter)
-            safe_set_full_optimizer_state(parameter, value, moment)
-        if moment is None and self._stage < 3:
-            parameter.copy_(value)
-
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027  nothing to do in most families
         """After all was set. Collective at stage 3."""
-        if self._stage == 3:
-            zero = self._zero
-            for flat, master, shorts in zip(
-                zero.fp16_partitioned_groups_flat,
-                zero.fp32_partitioned_groups_flat,
-                zero.fp16_partitioned_groups,
-                strict=True,
-            ):
-                flat.data.copy_(master.data)
-                for short, part in zip(shorts, zero.unflatten(flat, shorts), strict=True):
-                    short.data = part.data
-            zero.checkpoint_event_epilogue()
+
+    @abstractmethod
+    def _masters(self) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
+        """Number of a parameter group, the group, and each of its masters."""
+
+    def _zero_moments(self, number: int, group: dict[str, Any], master: Tensor, num_updates: int) -> dict[str, Any]:
+        if group.get("use_muon", False):
+            return {MUON_MOMENTS[0]: master.detach().new_zeros(self._muon_shape(number, master))}
+        # DeepSpeed's AdamW beside Muon counts in int, torch's on the device.
+        is_torchs = isinstance(self._adam, torch.optim.AdamW)
+        step = torch.tensor(float(num_updates), device=master.device) if is_torchs else num_updates
+        return {"step": step, **{moment: torch.zeros_like(master.detach()) for moment in ADAM_MOMENTS}}
+
+    def _muon_shape(self, number: int, master: Tensor) -> torch.Size:
+        return master.shape
 
     def _scaler(self) -> Any:
         """What holds the loss scale, where it is dynamic."""
@@ -136,41 +124,89 @@ class EngineState:
         scaler = getattr(self._zero, "loss_scale_config", None) or self._zero.loss_scaler
         return scaler if getattr(scaler, "dynamic_loss_scale", hasattr(scaler, "cur_iter")) else None
 
-    def _groups(self) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
-        """Number of a parameter group, the group, and each fp32 tensor that the optimizer steps on."""
-        if self._stage == 3:
-            for number, master in enumerate(self._zero.fp32_partitioned_groups_flat):
-                yield number, self._adam.param_groups[self._zero.sub_group_to_group_id[number]], master
-        else:
-            for number, group in enumerate(self._adam.param_groups):
-                yield from ((number, group, master) for master in group["params"])
 
-    def _link_moments(self, parameter: Any) -> None:
-        """Stages 1 and 2: DeepSpeed does so after the step of the first parameter group, when others have none yet."""
-        if parameter._hp_mapping is not None and not parameter._hp_mapping.optim_fragment:
-            self._zero._hp_optimizer_states_linked = False
-            self._zero._lazy_init_hp_params_optimizer_state()
+class WholeState(EngineState):
+    """Stage 0: a master for each parameter, whole on every rank; the parameter itself, but in fp16."""
 
-    def _set_part(self, parameter: Tensor, value: Tensor, moment: str | None) -> None:
-        """Stage 3: this rank's part of a parameter whose parts are of equal size, the last one padded."""
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self._master = {parameter: parameter for parameter in self._parameters.values()}
+        if hasattr(self._zero, "fp32_groups"):  # fp16
+            for shorts, masters in zip(self._zero.fp16_groups, self._zero.fp32_groups, strict=True):
+                self._master |= dict(zip(shorts, masters, strict=True))
 
-        group = self._zero.dp_process_group
-        size, rank = parameter.ds_tensor.numel(), dist.get_rank(group)
-        padded = value.new_zeros(size * dist.get_world_size(group))
-        padded[: value.numel()] = value.flatten()
-        part = padded[rank * size : (rank + 1) * size]
+    def get(self, name: str, moment: str | None = None) -> Tensor:
+        return self._place(name, moment).detach().float()
+
+    @torch.no_grad()
+    def set(self, name: str, value: Tensor, moment: str | None = None) -> None:
+        self._place(name, moment).copy_(value)
         if moment is None:
-            safe_set_local_fp32_param(parameter, part)
-        else:
-            safe_set_local_optimizer_state(parameter, part, moment)
+            self._parameters[name].copy_(value)
+
+    def _place(self, name: str, moment: str | None) -> Tensor:
+        master = self._master[self._parameters[name]]
+        return master if moment is None else self._adam.state[master][moment]
+
+    def _masters(self) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
+        for number, group in enumerate(self._adam.param_groups):
+            yield from ((number, group, master) for master in group["params"])
+
+
+class PartitionedState(EngineState):
+    """Stages 1 and 2: a rank updates one contiguous piece of each parameter group, its master, and has all weights."""
+
+    def get(self, name: str, moment: str | None = None) -> Tensor:
+        parameter = self._parameters[name]
+        if moment in MUON_MOMENTS:
+            return self._muon_moment(parameter)
+        whole = torch.zeros(parameter.numel(), device=parameter.device)
+        if parameter._hp_mapping is not None:
+            self._own_slice(parameter, whole).copy_(self._piece(parameter, moment))
+        dist.all_reduce(whole, group=self._zero.dp_process_group)
+        return whole.view(parameter.shape)
+
+    @torch.no_grad()
+    def set(self, name: str, value: Tensor, moment: str | None = None) -> None:
+        parameter = self._parameters[name]
+        value = value.to(parameter.device)
+        if moment in MUON_MOMENTS:
+            for buffer, _ in self._muon_buffers(parameter):
+                buffer.copy_(value.flatten())
+        elif parameter._hp_mapping is not None:
+            self._piece(parameter, moment).copy_(self._own_slice(parameter, value.flatten()))
+        if moment is None:
+            parameter.copy_(value)
+
+    def _piece(self, parameter: Any, moment: str | None) -> Tensor:
+        """The flat piece of a parameter that is this rank's, where it has one: a view of its place.
+
+        Not by DeepSpeed's own mapping of moments: it is made after the first group's step, when others have none yet.
+        """
+        mapping = parameter._hp_mapping
+        if moment is None:
+            return mapping.hp_fragment.detach()
+        master = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        place = mapping.hp_fragment_address
+        return self._adam.state[master][moment].narrow(0, place.start, place.numel)
+
+    def _own_slice(self, parameter: Any, whole: Tensor) -> Tensor:
+        place = parameter._hp_mapping.lp_fragment_address
+        return whole.narrow(0, place.start, place.numel)
+
+    def _masters(self) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
+        for number, group in enumerate(self._adam.param_groups):
+            yield from ((number, group, master) for master in group["params"])
+
+    def _muon_shape(self, number: int, master: Tensor) -> torch.Size:
+        return torch.Size([sum(parameter.numel() for parameter in self._zero.params_in_partition[number])])
 
     def _muon_buffers(self, parameter: Tensor) -> Iterator[tuple[Tensor, bool]]:
-        """Stages 1 and 2: the parameter's whole momentum where a piece of it is this rank's; and whether its first is.
+        """The parameter's whole momentum where a piece of it is this rank's; and whether its first is.
 
         Every rank with a piece of a matrix keeps the momentum of all of it.
         """
-        for number, group, master in self._groups():
+        for number, group, master in self._masters():
             if not group.get("use_muon", False):
                 continue
             begin = 0
@@ -188,3 +224,51 @@ class EngineState:
                 whole.copy_(buffer)
         dist.all_reduce(whole, group=self._zero.dp_process_group)
         return whole.view(parameter.shape)
+
+
+class ShardedState(EngineState):
+    """Stage 3: each parameter is cut into equal parts, the last one padded; a rank has and updates one of each."""
+
+    def get(self, name: str, moment: str | None = None) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameter = self._parameters[name]
+        if moment is None:
+            return safe_get_full_fp32_param(parameter).detach()
+        return safe_get_full_optimizer_state(parameter, moment).detach()
+
+    def begin(self, num_updates: int, loss_scale: dict[str, float]) -> None:
+        super().begin(num_updates, loss_scale)
+        self._zero.checkpoint_event_prologue()
+
+    @torch.no_grad()
+    def set(self, name: str, value: Tensor, moment: str | None = None) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        parameter, group = self._parameters[name], self._zero.dp_process_group
+        size, rank = parameter.ds_tensor.numel(), dist.get_rank(group)
+        padded = torch.zeros(size * dist.get_world_size(group), dtype=value.dtype, device=parameter.device)
+        padded[: value.numel()] = value.flatten()
+        part = padded[rank * size : (rank + 1) * size]
+        if moment is None:
+            safe_set_local_fp32_param(parameter, part)
+        else:
+            safe_set_local_optimizer_state(parameter, part, moment)
+
+    def finish(self) -> None:
+        zero = self._zero
+        for flat, master, shorts in zip(
+            zero.fp16_partitioned_groups_flat,
+            zero.fp32_partitioned_groups_flat,
+            zero.fp16_partitioned_groups,
+            strict=True,
+        ):
+            flat.data.copy_(master.data)
+            for short, part in zip(shorts, zero.unflatten(flat, shorts), strict=True):
+                short.data = part.data
+        zero.checkpoint_event_epilogue()
+
+    def _masters(self) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
+        for part, master in enumerate(self._zero.fp32_partitioned_groups_flat):
+            number = self._zero.sub_group_to_group_id[part]
+            yield number, self._adam.param_groups[number], master

@@ -9,7 +9,7 @@ import torch
 from mlcd_ds.config import load_recipe
 from mlcd_ds.data.pixels import clip_pixels
 from mlcd_ds.encoders.base import Encoder
-from mlcd_ds.engine.weights import load_backbone, newest_checkpoint
+from mlcd_ds.engine.weights import Weights, load_backbone, newest_checkpoint
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.vit import ViT
 
@@ -22,9 +22,10 @@ def untrained(recipe_name: str, size: int | None) -> Encoder:
     return _backbone(f"recipe:{recipe_name}", network, size)
 
 
-def training_run(folder: Path, size: int | None) -> Encoder:
-    """The backbone of a run's newest checkpoint."""
-    return _backbone(folder.resolve().name, load_backbone(newest_checkpoint(folder)), size)
+def training_run(folder: Path, size: int | None, weights: Weights = "last") -> Encoder:
+    """The backbone of a run's newest checkpoint, or the average of its weights."""
+    name = folder.resolve().name + ("" if weights == "last" else f" ({weights})")
+    return _backbone(name, load_backbone(newest_checkpoint(folder), weights), size)
 
 
 def _backbone(name: str, network: ViT, size: int | None) -> Encoder:

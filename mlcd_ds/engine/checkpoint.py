@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mlcd_ds.artefacts.files import FileRecord, fsync_folder, record_of
 from mlcd_ds.artefacts.manifest import library_versions
 from mlcd_ds.artefacts.readers import check_record
@@ -58,7 +60,7 @@ class Checkpointer:
         self,
         recipe: Recipe,
         layout: Layout,
-        engine: Any,
+        state: EngineState,
         head: PartialFCHead,
         head_optimizer: Any,
         group: Group,
@@ -67,15 +69,16 @@ class Checkpointer:
     ) -> None:
         self._ds_config = ds_config
         self._recipe, self._layout, self._group, self._inputs = recipe, layout, group, inputs
-        self._state, self._head, self._head_optimizer = EngineState(engine), head, head_optimizer
+        self._state, self._head, self._head_optimizer = state, head, head_optimizer
         self._folder = recipe.train.out / CHECKPOINTS
         self._git_commit = git_commit()
 
     def save(self, step: int) -> Path:
         """Write the state after `step` steps, then drop the oldest checkpoints. Collective.
 
-        Raises UserError when it cannot be written; earlier checkpoints stay.
+        Raises UserError when it cannot be written, or would hold what is no number; earlier checkpoints stay.
         """
+        self._check_finite(step)
         final = self._folder / f"step_{step:08d}"
         partial = self._folder / f".{final.name}.partial"
         try:
@@ -91,12 +94,29 @@ class Checkpointer:
                 "another rank failed, see its message. Earlier checkpoints are whole."
             ) from None
         if self._group.is_main:
-            for old in checkpoint_folders(self._recipe.train.out)[: -self._recipe.train.keep_checkpoints]:
+            for old in self._outdated():
                 doomed = old.with_name(f".{old.name}.partial")  # a kill while removing must not leave half of it
                 os.rename(old, doomed)
                 shutil.rmtree(doomed)
         self._group.barrier()
         return final
+
+    def _outdated(self) -> list[Path]:
+        """Checkpoints that are neither among the newest nor milestones."""
+        train = self._recipe.train
+        old = checkpoint_folders(train.out)[: -train.keep_checkpoints]
+        every = train.milestone_every
+        return [folder for folder in old if not every or int(folder.name.removeprefix("step_")) % every]
+
+    def _check_finite(self, step: int) -> None:
+        """All ranks refuse alike. Collective."""
+        head = (self._head.weight_LE, *self._head_optimizer.state.values())
+        is_finite = self._state.is_finite and all(bool(tensor.isfinite().all()) for tensor in head)
+        if self._group.all_reduce_max(torch.tensor([float(not is_finite)])).item():
+            raise UserError(
+                f"weights or moments are not finite after step {step}: no checkpoint is written. Lower optimizer.lr; "
+                "started again, the run goes on from its last checkpoint."
+            )
 
     def _write(self, partial: Path, step: int) -> None:
         """All files of a checkpoint, its manifest last. Collective."""

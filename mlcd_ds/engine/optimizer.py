@@ -17,7 +17,7 @@ from mlcd_ds.models.vit import ViT
 WITHOUT_DECAY = ("position_embedding", "class_pos_emb", "register_embedding")
 
 
-def backbone_optimizer(model: ViT, config: OptimizerConfig) -> torch.optim.Optimizer:
+def backbone_optimizer(model: ViT, config: OptimizerConfig, zero_stage: int = 0) -> torch.optim.Optimizer:
     """AdamW with decay on matrices, none on vectors (norms, biases, class token) and positions; by depth with
     `layer_decay`, as `lr_scale` of the groups. With "muon" the blocks' matrices are Muon's."""
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
@@ -37,7 +37,7 @@ def backbone_optimizer(model: ViT, config: OptimizerConfig) -> torch.optim.Optim
             group |= {"betas": config.betas, "eps": config.eps}
         described.append(group)
     if config.name == "muon":
-        return muon_optimizer([group | {"use_muon": "momentum" in group} for group in described])
+        return muon_optimizer([group | {"use_muon": "momentum" in group} for group in described], zero_stage)
     return torch.optim.AdamW(described, fused=True)  # the others keep two more copies of the gradients in a step
 
 

@@ -1,13 +1,23 @@
 """What a run tells: scalars as JSON lines and TensorBoard, and pages that show the data once.
 
-TensorBoard pages: loss (the loss and its two terms), optimizer (learning rate, gradient norms), speed (images/s,
-TFLOP/s of a rank in the backbone's matmuls, MFU on known GPUs, share of time spent waiting for data), memory; text: the
-resolved configuration; images: samples of some clusters; histogram: cluster sizes.
+TensorBoard pages
+  loss        the loss and its two terms
+  optimizer   learning rate; gradient norms; steps since the last entry that moved nothing, as the gradient of backbone
+              or head was not finite (in fp16 a high loss scale does that); the loss scale, where it is dynamic
+  speed       images/s, TFLOP/s of a rank in the backbone's matmuls, MFU on known GPUs, share of time waiting for data;
+              over all the time between entries, but for kNN
+  time        seconds of a step of rank 0, and of its parts: see engine/step_clock.py
+  evaluation  kNN accuracy on data.knn_index (engine/knn_monitor.py)
+  memory      the largest so far; progress: epochs
+  text: the resolved configuration; images: samples of some clusters; histogram: cluster sizes.
+
+The JSON lines have the same values, null for one that is not finite; kNN has lines of its own.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import resource
 from pathlib import Path
 
@@ -41,7 +51,8 @@ class RunLog:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One entry: `page/name` -> value after `step` steps."""
         try:
-            self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+            entry = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._file.write(json.dumps({"step": step, **entry}).encode() + b"\n")
         except OSError as error:
             raise UserError(
                 f"{self._path} cannot be written ({error.strerror or error}). Free the disk, start again."

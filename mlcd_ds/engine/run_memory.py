@@ -33,13 +33,15 @@ def training_memory(
     recompute: Recompute = "none",
     token_drop: float = 0.0,
     is_accumulated: bool = False,
+    has_average: bool = False,
     buffers: ZeroBuffers = ZeroBuffers(),  # noqa: B008  frozen
 ) -> dict[str, int]:
     """Bytes of a rank at the fullest moment of a step with AdamW, by what takes them: their sum is the peak.
 
-    `is_accumulated`: a step has several micro-batches. ZeRO's sharding is arXiv 1910.02054's, figure 1; the rest is
-    what DeepSpeed 0.19 was seen to keep (benchmarks/memory.py): an fp32 copy of the weights from stage 1 on, even of
-    fp32 weights; whole gradients between the micro-batches at stage 1; copies of the gradients in the optimizer's step.
+    `is_accumulated`: a step has several micro-batches. `has_average`: a moving average of the weights is kept. ZeRO's
+    sharding is arXiv 1910.02054's, figure 1; the rest is what DeepSpeed 0.19 was seen to keep (benchmarks/memory.py):
+    an fp32 copy of the weights from stage 1 on, even of fp32 weights; whole gradients between the micro-batches at
+    stage 1; copies of the gradients in the optimizer's step.
     """
     with torch.device("meta"):
         count = num_parameters(ViT(config)) // layout.tensor_parallel
@@ -57,6 +59,8 @@ def training_memory(
     has_fp32_copy = stage > 0 or is_short
     states = owned * (12 if has_fp32_copy else 8)
     always = {"weights": weights, "optimizer states": states}
+    if has_average:
+        always["average of the weights"] = owned * 4
 
     buckets = buffers.gradients * width if stage else 0
     if stage == 0 and layout.num_ranks > 1:

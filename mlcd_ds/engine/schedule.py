@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step."""
+"""The learning rate, and the decay of the weights' average, as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     else:
         part = min(1.0, (steps - 1 - step) / config.cooldown_steps) if config.cooldown_steps else 1.0
     return config.lr * (config.final_lr + (1 - config.final_lr) * part)
+
+
+def average_decay(step: int, decay: float) -> float:
+    """The decay of the weights' average after step `step`, counted from 0: at first small, as the start is random."""
+    return min(decay, (1 + step) / (10 + step))

@@ -6,20 +6,17 @@ B images of a micro-batch on this rank, P labels an image, E embedding.
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from mlcd_ds.clustering.center_store import CenterStore
-from mlcd_ds.config import Recipe, dump_recipe
+from mlcd_ds.config import Recipe
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.loader import LabelledBatch, TrainLoader
 from mlcd_ds.data.order import SampleOrder
@@ -27,36 +24,29 @@ from mlcd_ds.data.pixels import clip_pixels
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.deepspeed import initialize_engine, step_engine
+from mlcd_ds.distributed.engine_state import engine_state
 from mlcd_ds.distributed.stopping import StopRequest
 from mlcd_ds.engine.checkpoint import Checkpointer
-from mlcd_ds.engine.hardware import peak_tflops
+from mlcd_ds.engine.gradients import GradientFactors, attach_gradient
 from mlcd_ds.engine.init_from import find_start
+from mlcd_ds.engine.knn_monitor import KnnMonitor
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.optimizer import backbone_optimizer, head_optimizer, set_learning_rate
 from mlcd_ds.engine.phases import phase_at, phases
 from mlcd_ds.engine.precision import head_config
+from mlcd_ds.engine.profiling import StepProfiler
 from mlcd_ds.engine.run_folder import run_inputs
-from mlcd_ds.engine.run_log import RunLog, log_data_pages, peak_memory_mb
-from mlcd_ds.engine.schedule import learning_rate
+from mlcd_ds.engine.schedule import average_decay, learning_rate
+from mlcd_ds.engine.step_clock import StepClock
+from mlcd_ds.engine.step_log import StepLog, StepResult
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.groups import make_head_groups
-from mlcd_ds.heads.partial_fc import PartialFCHead, attach_gradient
+from mlcd_ds.heads.partial_fc import PartialFCHead
 from mlcd_ds.models.noise import TrainingNoise
-from mlcd_ds.models.vit import ViT, flops_per_image
+from mlcd_ds.models.vit import ViT
 from mlcd_ds.objectives.class_losses import ClassLoss
 
 logger = logging.getLogger("mlcd_ds")  # only rank 0 logs (stages/runner.py)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Of one optimizer step: means over the global batch, gradient norms before clipping. Tensors, no host sync."""
-
-    loss: Tensor
-    loss_parts: dict[str, Tensor]
-    backbone_grad_norm: Tensor | float | None
-    head_grad_norm: Tensor
-    lr: float
 
 
 class Trainer:
@@ -75,6 +65,7 @@ class Trainer:
         self.recipe, self.index, self.labels, self.group, self.device = recipe, index, labels, group, device
         self.layout = layout
         self.batch_slice = plan_batches(recipe, layout, group.rank)
+        self.factors = GradientFactors.of(self.batch_slice.num_micro_batches, layout.data_parallel)
         if (wanted := recipe.objective.num_labels or 1) > labels.num_labels:
             raise UserError(
                 f"objective.num_labels is {wanted}, but {labels.folder} holds {labels.num_labels} labels an image: "
@@ -89,7 +80,8 @@ class Trainer:
         if recipe.train.compile:
             for block in backbone.encoder.layers:
                 block.compile()
-        self.engine = initialize_engine(backbone.to(device), backbone_optimizer(backbone, recipe.optimizer), ds_config)
+        optimizer = backbone_optimizer(backbone.to(device), recipe.optimizer, layout.zero_stage)
+        self.engine = initialize_engine(backbone, optimizer, ds_config)
         self.dtype = next(self.engine.module.parameters()).dtype
         self.head = PartialFCHead(
             labels.num_centers,
@@ -100,18 +92,25 @@ class Trainer:
             seed,
             device,
         )
+        clusters = recipe.data.clusters if recipe.head.init == "centers" else None
         if start and start.checkpoint:
             notes += start.fill_head(self.head)
         else:
-            self.head.init_weights(None if recipe.head.init == "normal" else self._own_centers(recipe.data.clusters))
+            self.head.init_weights(self._own_centers(clusters) if clusters else None)
         if start:
             logger.info("; ".join([f"train: starts from {start.folder}", *notes]))
         self.head_optimizer = head_optimizer(self.head, recipe.optimizer)
-        self.wait_s = 0.0  # for data, since the last entry of the log
+        self.clock = StepClock(device)
+        self.state = engine_state(self.engine)
+        if recipe.train.ema_decay:
+            self.state.begin_average()
+        self.knn = None
+        if recipe.train.knn_every:
+            self.knn = KnnMonitor(recipe, self.engine, self.batch_slice.micro_batch, layout, group, device)
         self.checkpointer = Checkpointer(
             recipe,
             layout,
-            self.engine,
+            self.state,
             self.head,
             self.head_optimizer,
             group,
@@ -127,7 +126,7 @@ class Trainer:
         classes = self.head.classes
         return torch.from_numpy(store.centers_CE[classes.begin : classes.end].copy())
 
-    def batches(self, first: int) -> Iterator[LabelledBatch]:
+    def batches(self, first: int) -> Generator[LabelledBatch, None, None]:
         """Micro-batches of the steps from `first` to the last, each phase at its resolution."""
         data, train = self.recipe.data, self.recipe.train
         order = SampleOrder(self.index.counts, data.num_streams, data.shuffle_window, train.seed)
@@ -142,11 +141,12 @@ class Trainer:
             try:
                 for _ in range((phase.end - begin) * self.batch_slice.num_micro_batches):
                     batch = next(batches)
-                    self.wait_s, loader.wait_s = self.wait_s + loader.wait_s, 0.0
-                    if self.batch_slice.num_shares > 1:
+                    self.clock.add_wait(loader.wait_s)
+                    loader.wait_s = 0.0
+                    if self.batch_slice.num_shares > 1 and self.head.groups.tensor:
                         waiting = time.perf_counter()
                         batch = batch.of_all(self.head.groups.tensor)
-                        self.wait_s += time.perf_counter() - waiting
+                        self.clock.add_wait(time.perf_counter() - waiting)
                     yield batch
             finally:
                 batches.close()
@@ -154,59 +154,79 @@ class Trainer:
 
     def step(self, step: int, batches: Iterator[LabelledBatch]) -> StepResult:
         """One optimizer step over the global batch."""
-        config = self.recipe.optimizer
+        config, clock = self.recipe.optimizer, self.clock
+        clock.start()
         lr = learning_rate(step, self.recipe.train.steps, config)
         set_learning_rate(self.engine.optimizer, lr)
         token_drop = phase_at(self.recipe, step).token_drop
         self.head.resample(step)
-        num_micro_batches = self.batch_slice.num_micro_batches
+        clock.mark("other")
         outputs = []
-        for _ in range(num_micro_batches):
+        for _ in range(self.batch_slice.num_micro_batches):
             batch = next(batches)
+            clock.mark("data")
             noise = TrainingNoise(batch.keys_B, self.recipe.train.drop_path, token_drop)
             emb_BE = F.normalize(self.engine(batch.images_B3SS.to(self.dtype), noise).float(), dim=1)
-            output = self.head(emb_BE, batch.labels_BP, weight=1 / num_micro_batches)
-            self.engine.backward(attach_gradient(emb_BE, output, self.layout.data_parallel))
+            clock.mark("forward")
+            output = self.head(emb_BE, batch.labels_BP, weight=self.factors.rows)
+            clock.mark("head")
+            self.engine.backward(attach_gradient(emb_BE, output, self.factors))
+            clock.mark("backward")
             backbone_norm = step_engine(self.engine)
+            clock.mark("optimizer")
             outputs.append(output)
         head_norm = self.head_optimizer.step(lr * config.head_lr_scale)
+        if self.recipe.train.ema_decay:
+            self.state.update_average(average_decay(step, self.recipe.train.ema_decay))
+        clock.mark("optimizer")
         parts = {name: torch.stack([output.parts[name] for output in outputs]).mean() for name in outputs[0].parts}
         loss = torch.stack([output.loss for output in outputs]).mean()
+        clock.mark("other")
         return StepResult(loss, parts, backbone_norm, head_norm, lr)
 
     def fit(self, stop: StopRequest) -> bool:
         """Train from the newest checkpoint to the last step. Returns False when asked to stop, after saving."""
         train = self.recipe.train
         first = self.checkpointer.resume()
-        log = self._open_log(first)
-        batches = self.batches(first)
-        quiet = not (self.group.is_main and sys.stderr.isatty())
-        bar = tqdm(
-            range(first, train.steps), initial=first, total=train.steps, unit="step", desc="train", disable=quiet
+        log = StepLog(
+            self.recipe,
+            self.index,
+            self.labels,
+            self.state,
+            self.head_optimizer,
+            self.clock,
+            self.group,
+            self.device,
+            first,
         )
-        began, logged = time.perf_counter(), first
+        profiler = StepProfiler(train.out, train.profile_steps if self.group.is_main else None)
+        batches = self.batches(first)
         try:
-            for step in bar:
+            for step in log.steps:
+                profiler.before(step)
                 result = self.step(step, batches)
+                profiler.after(step)
                 done = step + 1
-                if done % train.log_every == 0 or done == train.steps:
-                    seconds, began = time.perf_counter() - began, time.perf_counter()
-                    self._log(log, bar, done, result, seconds, done - logged)
-                    logged = done
-                is_stopped = stop.was_asked(self.group) and done < train.steps
-                is_saved = is_stopped or done % train.checkpoint_every == 0 or done == train.steps
-                if is_saved or done % train.log_every == 0:
+                is_last = done == train.steps
+                is_logged = is_last or is_due(done, train.log_every)
+                if is_logged:
+                    log.add(done, result)
+                is_stopped = stop.was_asked(self.group) and not is_last
+                is_saved = is_stopped or is_last or is_due(done, train.checkpoint_every)
+                is_saved = is_saved or is_due(done, train.milestone_every)
+                if is_saved or is_logged:
                     self._check_loss(done, float(result.loss))
+                if self.knn and (is_last or is_due(done, train.knn_every)):
+                    log.add_knn(done, self.knn)
                 if is_saved:
                     self.checkpointer.save(done)
                 if is_stopped:
                     return False
             return True
         finally:
-            bar.close()
             batches.close()
-            if log:
-                log.close()
+            profiler.close()
+            log.close()
 
     @staticmethod
     def _check_loss(done: int, loss: float) -> None:
@@ -217,39 +237,7 @@ class Trainer:
                 "Started again, the run goes on from its last checkpoint."
             )
 
-    def _open_log(self, first: int) -> RunLog | None:
-        if not self.group.is_main:
-            return None
-        log = RunLog(Path(self.recipe.train.out), first)
-        if first == 0:
-            log_data_pages(log, self.index, self.labels, dump_recipe(self.recipe))
-        return log
 
-    def _log(
-        self, log: RunLog | None, bar: tqdm, done: int, result: StepResult, seconds: float, num_steps: int
-    ) -> None:
-        waited, self.wait_s = self.wait_s, 0.0
-        if log is None:
-            return
-        loss, phase = float(result.loss), phase_at(self.recipe, done - 1)
-        images_per_s = num_steps * self.recipe.train.global_batch / seconds
-        flops = 3 * flops_per_image(self.recipe.model, phase.image_size, phase.token_drop)
-        tflops = images_per_s * flops / self.group.size / 1e12
-        peak = peak_tflops(self.device)
-        log.scalars(
-            done,
-            {
-                "loss/total": loss,
-                **{f"loss/{name}": float(value) for name, value in result.loss_parts.items()},
-                "optimizer/lr": result.lr,
-                "optimizer/grad_norm_backbone": float(result.backbone_grad_norm or 0.0),
-                "optimizer/grad_norm_head": float(result.head_grad_norm),
-                "speed/images_per_s": images_per_s,
-                "speed/tflops_per_rank": tflops,
-                **({"speed/mfu": tflops / peak} if peak else {}),
-                "speed/data_wait_share": waited / seconds,
-                "memory/peak_mb": peak_memory_mb(self.device),
-                "progress/epoch": done * self.recipe.train.global_batch / self.index.num_images,
-            },
-        )
-        bar.set_postfix(loss=f"{loss:.3f}")
+def is_due(done: int, every: int | None) -> bool:
+    """Whether `done` steps are a multiple of `every`; never, where it is None."""
+    return every is not None and done % every == 0

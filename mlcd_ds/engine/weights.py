@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -17,7 +18,8 @@ from mlcd_ds.models.vit import ViT
 CONFIG_NAME = "config.yaml"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_NAME = "checkpoint.json"
-BACKBONE_NAME = "backbone.safetensors"
+BACKBONE_NAME, AVERAGE_NAME = "backbone.safetensors", "ema.safetensors"
+Weights = Literal["last", "ema"]
 
 
 class CheckpointManifest(Frozen):
@@ -95,15 +97,25 @@ def newest_checkpoint(run: Path) -> Path:
     return folders[-1]
 
 
-def load_backbone(checkpoint: Path) -> ViT:
-    """The backbone of a checkpoint folder, in fp32 on the CPU."""
-    manifest, path, fix = read_checkpoint(checkpoint), checkpoint / BACKBONE_NAME, older_checkpoint(checkpoint)
-    if BACKBONE_NAME not in manifest.files:
-        raise UserError(f"{checkpoint / CHECKPOINT_NAME} lists no {BACKBONE_NAME}. {fix}")
+def backbone_record(checkpoint: Path, weights: Weights) -> tuple[Path, FileRecord]:
+    """The file of a checkpoint's weights, or of their moving average, and its record. UserError where there is none."""
+    path = checkpoint / (AVERAGE_NAME if weights == "ema" else BACKBONE_NAME)
+    record = read_checkpoint(checkpoint).files.get(path.name)
+    if record is None and weights == "ema":
+        raise UserError(f"{checkpoint} holds no {path.name}: the run has train.ema_decay null. Take --weights last.")
+    if record is None:
+        raise UserError(f"{checkpoint / CHECKPOINT_NAME} lists no {path.name}. {older_checkpoint(checkpoint)}")
+    return path, record
+
+
+def load_backbone(checkpoint: Path, weights: Weights = "last") -> ViT:
+    """The backbone of a checkpoint folder, in fp32 on the CPU; "ema": the moving average of its weights."""
+    manifest, fix = read_checkpoint(checkpoint), older_checkpoint(checkpoint)
+    path, record = backbone_record(checkpoint, weights)
     recipe = parse_recipe(manifest.recipe, str(checkpoint / CHECKPOINT_NAME))
     with torch.device("meta"):
         model = ViT(recipe.model)
-    tensors = read_tensors(path, fix, manifest.files[BACKBONE_NAME])
+    tensors = read_tensors(path, fix, record)
     with decoding(path, fix):
         model.load_state_dict(tensors, assign=True)
     return model.eval()

@@ -213,26 +213,3 @@ def without_repeats(labels_GP: Tensor) -> Tensor:
     """Labels of an image are a set: a second mention becomes -1."""
     same_GPP = labels_GP[:, :, None] == labels_GP[:, None, :]
     return labels_GP.masked_fill(same_GPP.tril(diagonal=-1).any(dim=2), -1)
-
-
-class _GivenGradient(torch.autograd.Function):
-    """Forward: a loss computed elsewhere. Backward: its gradient, computed elsewhere too."""
-
-    @staticmethod
-    def forward(ctx: Any, emb_BE: Tensor, loss: Tensor, emb_grad_BE: Tensor) -> Tensor:
-        ctx.save_for_backward(emb_grad_BE)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (emb_grad_BE,) = ctx.saved_tensors
-        return upstream * emb_grad_BE, None, None
-
-
-def attach_gradient(emb_BE: Tensor, output: HeadOutput, num_averaged_ranks: int) -> Tensor:
-    """A scalar loss whose backward hands the embeddings their gradient.
-
-    The engine averages gradients over `num_averaged_ranks` data-parallel ranks, while the loss is a mean over the
-    global batch, whose gradient is the sum of the ranks': hence the factor.
-    """
-    return _GivenGradient.apply(emb_BE, output.loss, output.emb_grad_BE * num_averaged_ranks)

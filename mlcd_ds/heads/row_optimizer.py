@@ -84,6 +84,7 @@ class RowOptimizer:
         weight_LE = head.weight_LE.detach()
         self.state = {name: torch.zeros_like(weight_LE) for name in rule.moments}
         self.state["step"] = torch.zeros(len(weight_LE), dtype=torch.int32, device=weight_LE.device)
+        self._num_skipped = torch.zeros((), dtype=torch.int64, device=weight_LE.device)
 
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
@@ -100,11 +101,18 @@ class RowOptimizer:
         norm = self.head.groups.classes.all_reduce_sum(torch.stack(squares).sum()).sqrt()
         # A gradient that is not finite moves nothing: shared sums would carry it into every sampled row.
         touched_L.mul_(norm.isfinite().to(touched_L.dtype))
+        self._num_skipped += ~norm.isfinite()
         factor = (self.max_norm / (norm + 1e-6)).clamp_max(1.0)
         for rows in blocks:
             self._move(rows, weight_LE, grad_LE, touched_L, factor, lr)
         touched_L.zero_()
         return norm
+
+    def take_num_skipped(self) -> int:
+        """Steps since the last call whose gradient was not finite. The host waits."""
+        taken = int(self._num_skipped)
+        self._num_skipped.zero_()
+        return taken
 
     def _move(
         self, rows: Tensor | slice, weight_LE: Tensor, grad_LE: Tensor, touched_L: Tensor, factor: Tensor, lr: float

@@ -149,9 +149,13 @@ class ViT(nn.Module):
         """Return the features for transfer, [B, D]: `post_layernorm` of the class token, before the projection."""
         return self.post_layernorm(self.forward_tokens(images_BCHW, noise)[:, 0])
 
-    def forward(self, images_BCHW: Tensor, noise: TrainingNoise | None = None) -> Tensor:
-        """Return the embeddings for the loss, [B, E]: projected, not normalised."""
-        return self.projection(self.forward_features(images_BCHW, noise))
+    def forward(self, images_BCHW: Tensor, noise: TrainingNoise | None = None, *, is_projected: bool = True) -> Tensor:
+        """Return the embeddings for the loss, [B, E]: projected, not normalised; or else `forward_features`, [B, D].
+
+        Of a model within a DeepSpeed engine this is the only method that may be called: through the engine.
+        """
+        features_BD = self.forward_features(images_BCHW, noise)
+        return self.projection(features_BD) if is_projected else features_BD
 
 
 def nan_parameters(model: nn.Module) -> list[str]:

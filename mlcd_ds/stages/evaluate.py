@@ -8,8 +8,9 @@ exp(cosine / 0.07). Labels are read from the samples' .json members. Writes repo
   mlcd evaluate --model runs/demo/export --train-index runs/demo/index/train --test-index runs/demo/index/test \\
       --out runs/demo/evaluation/trained
 
---model takes what `mlcd embed --encoder` takes: a Hugging Face folder, the folder of a training run, pixels,
-recipe:NAME (untrained), efficientnet-lite0. Start it with torchrun to share the shards over ranks.
+--model takes what `mlcd embed --encoder` takes: a Hugging Face folder, the folder of a training run (ema:FOLDER or
+--weights ema: the moving average of its weights), pixels, recipe:NAME (untrained), efficientnet-lite0. Start it with
+torchrun to share the shards over ranks.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from mlcd_ds.data.sample_labels import shard_labels
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.encoders.base import Encoder
 from mlcd_ds.encoders.registry import load_encoder
+from mlcd_ds.engine.weights import Weights
 from mlcd_ds.errors import UserError
 from mlcd_ds.evaluation.knn import usable_ks, weighted_knn
 from mlcd_ds.evaluation.linear_probe import ProbeResult, linear_probe
@@ -45,6 +47,7 @@ class Options(runner.StageOptions):
     """Options of `mlcd evaluate`."""
 
     model: str = Field(description="encoder to evaluate, as for `mlcd embed --encoder`")
+    weights: Weights = Field("last", description="of a training run: its last, or their average (ema)")
     train_index: Path = Field(description="folder of `mlcd index` with the images to learn from")
     test_index: Path = Field(description="folder of `mlcd index` with the held-out images")
     classes: Path | None = Field(None, description="JSON list of class names, for the plot")
@@ -115,7 +118,7 @@ def run(options: Options, context: runner.Context) -> None:
         raise UserError(f"--train-index and --test-index are the same images ({options.test_index}): hold some out.")
     for index in (train, test):
         index.check_shards(context.group.rank, context.group.size)
-    encoder = load_encoder(options.model)
+    encoder = load_encoder(options.model if options.weights == "last" else f"{options.weights}:{options.model}")
     weights = encoder.fingerprint()
     wanted = EvaluationManifest(
         stage="evaluate",

@@ -17,11 +17,11 @@ from pathlib import Path
 from pydantic import Field
 from safetensors.torch import save
 
-from mlcd_ds.artefacts.files import sha256_of, write_atomic, write_json
+from mlcd_ds.artefacts.files import write_atomic, write_json
 from mlcd_ds.artefacts.manifest import Manifest, library_versions, write_manifest
 from mlcd_ds.data.pixels import clip_pixels
 from mlcd_ds.encoders.preprocessor import open_clip_preprocessing, preprocessor_config
-from mlcd_ds.engine.weights import BACKBONE_NAME, load_backbone, newest_checkpoint, read_checkpoint
+from mlcd_ds.engine.weights import Weights, backbone_record, load_backbone, newest_checkpoint, read_checkpoint
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.convert import to_vision_model, vision_config
 from mlcd_ds.models.open_clip import NOTE, open_clip_config, placeholder_text_tower, to_open_clip
@@ -34,6 +34,7 @@ class Options(runner.StageOptions):
     """Options of `mlcd export`."""
 
     run: Path = Field(description="folder of `mlcd train` (train.out)")
+    weights: Weights = Field("last", description="of the newest checkpoint: its last, or their average (ema)")
 
 
 class ExportManifest(Manifest):
@@ -45,7 +46,7 @@ class ExportManifest(Manifest):
 def run(options: Options, context: runner.Context) -> None:
     """Convert and write; rank 0 alone has work."""
     folder = newest_checkpoint(options.run)
-    model = load_backbone(folder)
+    model = load_backbone(folder, options.weights)
     checkpoint = read_checkpoint(folder)
     if model.config.num_registers:
         raise UserError(
@@ -54,8 +55,8 @@ def run(options: Options, context: runner.Context) -> None:
         )
     wanted = ExportManifest(
         stage="export",
-        parameters={"step": checkpoint.step},
-        inputs={"backbone": sha256_of(folder / BACKBONE_NAME)},
+        parameters={"step": checkpoint.step, "weights": options.weights},
+        inputs={"backbone": backbone_record(folder, options.weights)[1].sha256},
         files={},
         versions=library_versions(),
         step=checkpoint.step,

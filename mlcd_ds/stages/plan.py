@@ -102,6 +102,7 @@ class Job:
                 recompute=recompute,
                 token_drop=phase.token_drop,
                 is_accumulated=micro_batch * layout.data_parallel < recipe.train.global_batch,
+                has_average=recipe.train.ema_decay is not None,
                 buffers=self.buffers,
             )
             for phase in phases(recipe)

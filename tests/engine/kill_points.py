@@ -21,6 +21,7 @@ from training_runs import DS_CONFIG, tiny_recipe
 from mlcd_ds.config import parse_recipe
 from mlcd_ds.distributed.deepspeed import initialize_engine
 from mlcd_ds.distributed.ds_config import choose_accelerator, fill_ds_config, read_ds_config
+from mlcd_ds.distributed.engine_state import engine_state
 from mlcd_ds.distributed.launch import Launch, process_group
 from mlcd_ds.engine import training_state
 from mlcd_ds.engine.checkpoint import Checkpointer
@@ -75,7 +76,9 @@ def child(out: Path, point: int, report: int) -> None:
         head.grad_LE.fill_(1)
         head.touched_L.fill_(1)
         optimizer.step(recipe.optimizer.lr)
-        checkpointer = Checkpointer(recipe, Layout(1, 1, 1), engine, head, optimizer, group, {}, config)
+        state = engine_state(engine)
+        state.begin_average()
+        checkpointer = Checkpointer(recipe, Layout(1, 1, 1), state, head, optimizer, group, {}, config)
         step = checkpointer.resume()
         os.write(report, f"{point} {step} ".encode())
         left = point

@@ -22,7 +22,7 @@ from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.ds_config import read_ds_config
-from mlcd_ds.distributed.engine_state import EngineState
+from mlcd_ds.distributed.engine_state import engine_state
 from mlcd_ds.engine.engine_config import read_layout, resolve_ds_config
 from mlcd_ds.engine.layout import Layout, check_layout, plan_batches
 from mlcd_ds.engine.tensor_parallel import gather_full
@@ -66,7 +66,7 @@ def train(
         result = trainer.step(step, batches)
         curve.append([float(result.loss), float(result.backbone_grad_norm), float(result.head_grad_norm)])
     batches.close()
-    state, tensor_group = EngineState(trainer.engine), trainer.head.groups.tensor
+    state, tensor_group = engine_state(trainer.engine), trainer.head.groups.tensor
     weights = {name: gather_full(name, state.get(name), tensor_group).clone() for name in state.names}
     trainer.engine.destroy()
     return torch.tensor(curve, dtype=torch.float64), weights

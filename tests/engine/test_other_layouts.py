@@ -6,23 +6,17 @@ precision, going on from a checkpoint is going on, bit for bit.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from distributed_harness import TinyData, assert_close, assert_differs, run_ranks
 from torch import Tensor
-from training_runs import tiny_recipe
+from trainers import go_on, make_trainer
 
-from mlcd_ds.config import Recipe, parse_recipe
-from mlcd_ds.data.label_store import LabelStore
-from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.distributed.engine_state import EngineState
-from mlcd_ds.engine.engine_config import resolve_ds_config
-from mlcd_ds.engine.layout import Layout, plan_batches
-from mlcd_ds.engine.trainer import Trainer
+from mlcd_ds.distributed.engine_state import engine_state
+from mlcd_ds.engine.layout import Layout
 
 TOLERANCE, MUON_TOLERANCE = 2e-6, 5e-4  # as in test_layouts.py
 # Ranks, ranks of a tensor-parallel group, the ZeRO stage of each of four chains, steps done at its end.
@@ -40,30 +34,6 @@ MUON_CHAIN = ((1, 1, (0, 1, 2), 2), (3, 1, (2, 0, 1), 4), (2, 1, (1, 2, 0), 6))
 def _without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Muon's products would be compiled, anew in every process."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-
-
-def make_trainer(data: TinyData, out: Path, layout: Layout, group: Group, precision: str, optimizer: str) -> Trainer:
-    os.environ.update(RANK=str(group.rank), WORLD_SIZE=str(group.size), LOCAL_RANK=str(group.rank))
-    content = tiny_recipe(data.index, data.labels)
-    content["train"] |= {"precision": precision, "out": str(out)}
-    content["optimizer"]["name"] = optimizer
-    recipe: Recipe = parse_recipe(content, "test")
-    index, config = ShardIndex(recipe.data.index), {}
-    if precision == "fp16":
-        config["fp16"] = {"initial_scale_power": 4, "loss_scale_window": 2}  # the scale changes on the way
-    ds_config = resolve_ds_config(config, Path("none"), recipe, layout, plan_batches(recipe, layout, group.rank))
-    device = torch.device("cpu")
-    return Trainer(recipe, ds_config, layout, index, LabelStore(recipe.data.labels, index), group, device)
-
-
-def go_on(trainer: Trainer, first: int, end: int) -> Tensor:
-    """fp64 [steps, 3]: loss and both gradient norms of steps `first` ... `end` - 1."""
-    batches, curve = trainer.batches(first), []
-    for step in range(first, end):
-        result = trainer.step(step, batches)
-        curve.append([float(result.loss), float(result.backbone_grad_norm), float(result.head_grad_norm)])
-    batches.close()
-    return torch.tensor(curve, dtype=torch.float64)
 
 
 def link_of_chains(
@@ -110,9 +80,9 @@ def resume_in_place(group: Group, data: TinyData, folder: Path, tensor_parallel:
     for precision, optimizer, stage in kinds:
         name, layout = f"{precision}-{optimizer}-{stage}", Layout(group.size, tensor_parallel, stage)
         trainer = make_trainer(data, folder / name, layout, group, precision, optimizer)
-        assert EngineState(trainer.engine).num_updates == 0
+        assert engine_state(trainer.engine).num_updates == 0
         go_on(trainer, 0, 3)
-        assert 0 < EngineState(trainer.engine).num_updates <= 3
+        assert 0 < engine_state(trainer.engine).num_updates <= 3
         trainer.checkpointer.save(3)
         expected = go_on(trainer, 3, 5)
         trainer.engine.destroy()

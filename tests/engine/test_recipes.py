@@ -186,6 +186,7 @@ def test_a_misspelt_zero_key_is_named() -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
+        ({"compute_grad_norm": False, "stage": 1}, "compute_grad_norm: without it a gradient"),
         ({"round_robin_gradients": True}, "round_robin_gradients would spoil checkpoints"),
         ({"offload_optimizer": {"device": "cpu"}}, "offload_optimizer needs DeepSpeed's own AdamW"),
         ({"offload_param": {"device": "nvme"}, "stage": 3}, "offload_param must have device cpu"),

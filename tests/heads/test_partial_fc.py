@@ -19,7 +19,7 @@ from mlcd_ds.engine.optimizer import head_optimizer
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.groups import HeadGroups, make_head_groups
 from mlcd_ds.heads.head_state import load_head, save_head
-from mlcd_ds.heads.partial_fc import HeadConfig, PartialFCHead, attach_gradient, without_repeats
+from mlcd_ds.heads.partial_fc import HeadConfig, PartialFCHead, without_repeats
 from mlcd_ds.heads.row_optimizer import RowOptimizer
 from mlcd_ds.objectives.class_losses import ClassLoss, ObjectiveConfig
 
@@ -175,16 +175,6 @@ def test_micro_batches_add_up_to_the_batch(by_ranks: dict, num_ranks: int) -> No
 def test_repeats_within_an_image_count_once() -> None:
     labels_GP = torch.tensor([[5, 5, 5, 2], [-1, 3, -1, 3], [1, 2, 3, 4]])
     assert without_repeats(labels_GP).tolist() == [[5, -1, -1, 2], [-1, 3, -1, -1], [1, 2, 3, 4]]
-
-
-def test_attached_gradient_reaches_the_embeddings() -> None:
-    class Output:
-        loss, emb_grad_BE = torch.tensor(2.5), torch.tensor([[1.0, -2.0]])
-
-    emb_BE = torch.zeros(1, 2, requires_grad=True)
-    loss = attach_gradient(emb_BE, Output, num_averaged_ranks=3)
-    (loss * 0.5).backward()
-    assert loss.item() == 2.5 and emb_BE.grad.tolist() == [[1.5, -3.0]]
 
 
 @functools.cache

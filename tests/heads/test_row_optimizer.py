@@ -112,7 +112,7 @@ def test_one_count_for_all_rows_is_told_apart() -> None:
     assert_differs("other count", moved[:1], moved[1:].clone(), 1e-5)
 
 
-def step_with_nan(group: Group) -> tuple[Tensor, Tensor, bool]:
+def step_with_nan(group: Group) -> tuple[Tensor, Tensor, bool, list[int]]:
     loss = ClassLoss(ObjectiveConfig(scale=16.0))
     head = PartialFCHead(6, 2, HeadConfig(init_std=1.0), loss, make_head_groups(group), 3)
     head.init_weights()
@@ -124,9 +124,10 @@ def step_with_nan(group: Group) -> tuple[Tensor, Tensor, bool]:
         head.grad_LE[0, 0] = torch.nan
     optimizer.step(LR)
     is_clean = not head.grad_LE.any() and not head.touched_L.any() and not optimizer.state["step"].any()
-    return before, head.weight_LE.detach(), is_clean
+    skipped = [optimizer.take_num_skipped(), optimizer.take_num_skipped()]
+    return before, head.weight_LE.detach(), is_clean, skipped
 
 
 def test_a_gradient_that_is_not_finite_moves_no_row_on_any_rank() -> None:
-    for before, after, is_clean in run_ranks(step_with_nan, 2):
-        assert torch.equal(before, after) and is_clean
+    for before, after, is_clean, skipped in run_ranks(step_with_nan, 2):
+        assert torch.equal(before, after) and is_clean and skipped == [1, 0]

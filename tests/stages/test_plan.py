@@ -92,6 +92,14 @@ def test_states_under_zero(
     assert others == pytest.approx(count * gradients, rel=1e-3)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_the_average_of_the_weights_is_sharded_as_the_states_are(stage: int) -> None:
+    layout = Layout(8, 2, stage)
+    parts = training_memory(CONFIG, "bf16", layout, 0, has_average=True)
+    assert parts["average of the weights"] * (2 if stage == 0 else 3) == parts["optimizer states"]
+    assert "average of the weights" not in training_memory(CONFIG, "bf16", layout, 0)
+
+
 def test_what_stage_3_gathers_is_as_the_file_says(capfd: pytest.CaptureFixture, tmp_path: Path) -> None:
     content = json.loads(Path("ds_configs/zero3_bf16.json").read_text())
     content["zero_optimization"] |= {"stage3_max_live_parameters": 10**8, "stage3_prefetch_bucket_size": 10**6}

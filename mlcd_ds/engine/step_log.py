@@ -1,0 +1,119 @@
+"""From what steps did to entries of the run's log: each covers the steps since the last one."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mlcd_ds.config import Recipe, dump_recipe
+from mlcd_ds.data.label_store import LabelStore
+from mlcd_ds.data.shard_index import ShardIndex
+from mlcd_ds.distributed.collectives import Group
+from mlcd_ds.distributed.engine_state import EngineState
+from mlcd_ds.engine.hardware import peak_tflops
+from mlcd_ds.engine.knn_monitor import KnnMonitor
+from mlcd_ds.engine.phases import phase_at
+from mlcd_ds.engine.run_log import RunLog, log_data_pages, peak_memory_mb
+from mlcd_ds.engine.step_clock import StepClock
+from mlcd_ds.heads.row_optimizer import RowOptimizer
+from mlcd_ds.models.vit import flops_per_image
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one optimizer step: means over the global batch, gradient norms before clipping. Tensors, no host sync."""
+
+    loss: Tensor
+    loss_parts: dict[str, Tensor]
+    backbone_grad_norm: Tensor | float | None
+    head_grad_norm: Tensor
+    lr: float
+
+
+@dataclass(frozen=True)
+class _Since:
+    """The last entry: its moment by `time.perf_counter`, the steps and the backbone's updates done by then."""
+
+    moment: float
+    step: int
+    num_updates: int
+
+
+class StepLog:
+    """Entries and progress bar, of rank 0; the other ranks only take part in what all have to do."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        index: ShardIndex,
+        labels: LabelStore,
+        state: EngineState,
+        head_optimizer: RowOptimizer,
+        clock: StepClock,
+        group: Group,
+        device: torch.device,
+        first: int,
+    ) -> None:
+        self._recipe, self._index, self._group, self._device = recipe, index, group, device
+        self._state, self._head_optimizer, self._clock = state, head_optimizer, clock
+        self._log = RunLog(recipe.train.out, first) if group.is_main else None
+        if self._log and first == 0:
+            log_data_pages(self._log, index, labels, dump_recipe(recipe))
+        steps = recipe.train.steps
+        is_quiet = not (group.is_main and sys.stderr.isatty())
+        self.steps = tqdm(range(first, steps), initial=first, total=steps, unit="step", desc="train", disable=is_quiet)
+        self._since = _Since(time.perf_counter(), first, state.num_updates)
+
+    def add(self, done: int, result: StepResult) -> None:
+        """An entry after `done` steps. The host waits for the device, on all ranks."""
+        since, times, waited_s = self._since, self._clock.read(), self._clock.take_wait()
+        num_skipped_head = self._head_optimizer.take_num_skipped()
+        self._since = _Since(time.perf_counter(), done, self._state.num_updates)
+        if self._log is None:
+            return
+        recipe, phase, num_steps = self._recipe, phase_at(self._recipe, done - 1), done - since.step
+        seconds, num_updates = self._since.moment - since.moment, self._since.num_updates - since.num_updates
+        images_per_s = num_steps * recipe.train.global_batch / seconds
+        flops = 3 * flops_per_image(recipe.model, phase.image_size, phase.token_drop)
+        tflops = images_per_s * flops / self._group.size / 1e12
+        peak, scale = peak_tflops(self._device), self._state.loss_scale
+        self._log.scalars(
+            done,
+            {
+                "loss/total": float(result.loss),
+                **{f"loss/{name}": float(value) for name, value in result.loss_parts.items()},
+                "optimizer/lr": result.lr,
+                "optimizer/grad_norm_backbone": float(result.backbone_grad_norm or 0.0),
+                "optimizer/grad_norm_head": float(result.head_grad_norm),
+                "optimizer/skipped_backbone": num_steps - num_updates,
+                "optimizer/skipped_head": num_skipped_head,
+                **({"optimizer/loss_scale": scale["cur_scale"]} if scale else {}),
+                "speed/images_per_s": images_per_s,
+                "speed/tflops_per_rank": tflops,
+                **({"speed/mfu": tflops / peak} if peak else {}),
+                "speed/data_wait_share": waited_s / seconds,
+                **{f"time/{part}_s": value for part, value in times.items()},
+                "memory/peak_mb": peak_memory_mb(self._device),
+                "progress/epoch": done * recipe.train.global_batch / self._index.num_images,
+            },
+        )
+        self.steps.set_postfix(loss=f"{float(result.loss):.3f}")
+
+    def add_knn(self, done: int, knn: KnnMonitor) -> None:
+        """Compute the kNN accuracy, on all ranks, and note it. Its time is not the steps'. Collective."""
+        begin = time.perf_counter()
+        accuracy = knn.accuracy()
+        if self._log and accuracy is not None:
+            self._log.scalars(done, {"evaluation/knn": accuracy})
+        self._since = replace(self._since, moment=self._since.moment + time.perf_counter() - begin)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.steps.close()
+        if self._log:
+            self._log.close()

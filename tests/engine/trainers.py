@@ -1,0 +1,54 @@
+"""Trainers within the ranks of a test, without a command line: built from the tiny recipe, driven step by step."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from distributed_harness import TinyData
+from torch import Tensor
+from training_runs import tiny_recipe
+
+from mlcd_ds.config import Recipe, parse_recipe
+from mlcd_ds.data.label_store import LabelStore
+from mlcd_ds.data.shard_index import ShardIndex
+from mlcd_ds.distributed.collectives import Group
+from mlcd_ds.engine.engine_config import resolve_ds_config
+from mlcd_ds.engine.layout import Layout, plan_batches
+from mlcd_ds.engine.trainer import Trainer
+
+
+def make_trainer(
+    data: TinyData,
+    out: Path,
+    layout: Layout,
+    group: Group,
+    precision: str = "fp32",
+    optimizer: str = "adamw",
+    sections: dict[str, dict[str, object]] | None = None,
+) -> Trainer:
+    """`sections`: further keys of the recipe, such as `{"train": {"ema_decay": 0.9}}`."""
+    os.environ.update(RANK=str(group.rank), WORLD_SIZE=str(group.size), LOCAL_RANK=str(group.rank))
+    content = tiny_recipe(data.index, data.labels)
+    content["train"] |= {"precision": precision, "out": str(out)}
+    content["optimizer"]["name"] = optimizer
+    for name, keys in (sections or {}).items():
+        content[name] |= keys
+    recipe: Recipe = parse_recipe(content, "test")
+    index, config = ShardIndex(recipe.data.index), {}
+    if precision == "fp16":
+        config["fp16"] = {"initial_scale_power": 4, "loss_scale_window": 2}  # the scale changes on the way
+    ds_config = resolve_ds_config(config, Path("none"), recipe, layout, plan_batches(recipe, layout, group.rank))
+    device = torch.device("cpu")
+    return Trainer(recipe, ds_config, layout, index, LabelStore(recipe.data.labels, index), group, device)
+
+
+def go_on(trainer: Trainer, first: int, end: int) -> Tensor:
+    """fp64 [steps, 3]: loss and both gradient norms of steps `first` ... `end` - 1."""
+    batches, curve = trainer.batches(first), []
+    for step in range(first, end):
+        result = trainer.step(step, batches)
+        curve.append([float(result.loss), float(result.backbone_grad_norm), float(result.head_grad_norm)])
+    batches.close()
+    return torch.tensor(curve, dtype=torch.float64)
