@@ -136,7 +136,7 @@ def run_ours(group: Group, folder: Path, num_centers: int, options: dict, out: P
         "init": init_seconds,
         "times": times,
         "rows": [i.num_rows for i in done.history],
-        "centers": done.centers_CE,
+        "centers": done.centers_CE.numpy(),
     }
 
 

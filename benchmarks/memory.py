@@ -24,16 +24,18 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from mlcd_ds.artefacts.manifest import library_versions
-from mlcd_ds.config import load_recipe, with_precision
-from mlcd_ds.distributed.ds_config import read_ds_config, stated_precision, zero_buffers
+from mlcd_ds.config import load_recipe
+from mlcd_ds.distributed.ds_config import read_ds_config, zero_buffers
 from mlcd_ds.distributed.launch import detect_launch, device_of, process_group
 from mlcd_ds.engine.checkpoint import git_commit
+from mlcd_ds.engine.engine_config import read_layout, resolve_ds_config
 from mlcd_ds.engine.layout import Layout, plan_batches
+from mlcd_ds.engine.precision import decide_precision
 from mlcd_ds.engine.run_memory import training_memory
 from mlcd_ds.engine.trainer import Trainer
 from mlcd_ds.heads.head_memory import head_memory
 from mlcd_ds.models import layers
-from mlcd_ds.stages.train import open_data, read_layout, resolve_ds_config
+from mlcd_ds.stages.train import open_data
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = (
@@ -93,7 +95,7 @@ def measure(name: str, *overrides: str) -> None:
     path, launch = Path("ds_configs", f"{name}.json"), detect_launch()
     device = device_of(launch)
     config = read_ds_config(path)
-    recipe = with_precision(load_recipe("demo", (*MODEL, *overrides)), stated_precision(config, path))
+    recipe = decide_precision(load_recipe("demo", (*MODEL, *overrides)), config, path)
     if "fp16" in config:
         config["fp16"]["initial_scale_power"] = 4  # no step is to be left out
     layout: Layout = read_layout(config, path, launch.world_size)

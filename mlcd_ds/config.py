@@ -1,7 +1,8 @@
 """Recipes: named training runs in YAML, read into one typed model. `mlcd_ds/recipes/*.yaml` holds the ones we ship.
 
 A recipe says what is learned; `ds_configs/*.json` says how DeepSpeed goes about it. Each component's own settings stand
-beside the component.
+beside the component. `base: NAME`, or a path from the file's own folder, takes over another recipe, all but its
+description; the file then holds what differs.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mlcd_ds.artefacts.readers import parse_yaml, read_yaml
-from mlcd_ds.artefacts.typed import MAX_THREADS, FilePath, Frozen, first_problem, shown
+from mlcd_ds.artefacts.typed import MAX_THREADS, FilePath, Freedom, Frozen, first_problem, free_field, shown
 from mlcd_ds.data.loader import AugmentConfig
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.partial_fc import HeadConfig
@@ -29,15 +30,15 @@ RECIPES = Path(__file__).resolve().parent / "recipes"
 class DataConfig(Frozen):
     """Where images and labels come from, and in which order."""
 
-    index: FilePath | None = Field(None, description="folder of `mlcd index`")
-    labels: FilePath | None = Field(None, description="folder of `mlcd assign`")
-    clusters: FilePath | None = Field(None, description="folder of `mlcd cluster`; head.init=centers reads it")
+    index: FilePath | None = free_field(None, description="folder of `mlcd index`")
+    labels: FilePath | None = free_field(None, description="folder of `mlcd assign`")
+    clusters: FilePath | None = free_field(None, description="folder of `mlcd cluster`; head.init=centers reads it")
     augment: AugmentConfig = AugmentConfig()
     num_streams: int = Field(4, ge=1, description="equal parts of the global batch; ranks must divide it")
     shuffle_window: int = Field(
         8192, ge=1, le=10**8, description="samples of a stream that are shuffled among each other"
     )
-    num_threads: int = Field(2, ge=1, le=MAX_THREADS, description="decoding threads of a rank")
+    num_threads: int = free_field(2, ge=1, le=MAX_THREADS, description="decoding threads of a rank")
 
 
 class OptimizerConfig(Frozen):
@@ -54,7 +55,9 @@ class OptimizerConfig(Frozen):
     eps: float = Field(1e-6, gt=0, description="AdamW's epsilon (not published)")
     warmup_steps: int = Field(2000, ge=0, description="linear warm-up (paper: 2,000)")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up (not published)")
-    cooldown_steps: int = Field(0, ge=0, description="of schedule constant: the last steps, in which lr falls linearly")
+    cooldown_steps: int = free_field(
+        0, when="rates", ge=0, description="of schedule constant: the last steps, in which lr falls linearly"
+    )
     final_lr: float = Field(0.0, ge=0, le=1, description="part of lr at the end (not published)")
     layer_decay: float = Field(
         1.0, gt=0, le=1, description="factor on lr from a block to the one before it, for fine-tuning; 1: none"
@@ -77,33 +80,37 @@ class PhaseConfig(Frozen):
 class TrainConfig(Frozen):
     """Length, batch, precision and book-keeping of a run."""
 
-    out: FilePath = Field(Path("runs/train"), description="folder of the run")
+    out: FilePath = free_field(Path("runs/train"), description="folder of the run")
     init_from: FilePath | None = Field(
-        None, description="Hugging Face folder whose backbone the run starts from (CLIP, MLCD, or `mlcd export`'s)"
+        None,
+        description="what the run starts from: another run, or a checkpoint of one, backbone and head; or a Hugging "
+        "Face folder (CLIP, MLCD, or `mlcd export`'s), the backbone alone",
     )
-    steps: int = Field(ge=1, le=10**9, description="optimizer steps")
+    steps: int = free_field(when="rates", ge=1, le=10**9, description="optimizer steps")
     global_batch: int = Field(ge=1, le=2**20, description="images a step, over all ranks")
-    micro_batch_per_rank: int | None = Field(None, ge=1, description="images a forward pass; null: all of a rank")
+    micro_batch_per_rank: int | None = free_field(None, ge=1, description="images a forward pass; null: all of a rank")
     drop_path: float = Field(0.0, ge=0, lt=1, description="chance that an image skips a branch of the last block")
     token_drop: float = Field(0.0, ge=0, lt=1, description="part of an image's patches left out, drawn each time")
     phases: tuple[PhaseConfig, ...] = Field((), description="what comes before the settings above: low resolution, say")
-    recompute: Literal["none", "mlp", "block"] = Field(
+    recompute: Literal["none", "mlp", "block"] = free_field(
         "none", description="activation checkpointing: of each block's MLP branch, or of each whole block"
     )
-    compile: bool = Field(False, description="torch.compile each block (needs a C++ compiler; slow at the first steps)")
+    compile: bool = free_field(
+        False, description="torch.compile each block (needs a C++ compiler; slow at the first steps)"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "bf16", description="of the backbone; auto: as the DeepSpeed file says"
     )
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, order, crops and sampled classes")
-    checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that stay on disk")
-    log_every: int = Field(10, ge=1, description="steps between log entries; the host waits for the device then")
+    checkpoint_every: int = free_field(1000, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = free_field(2, ge=1, description="newest checkpoints that stay on disk")
+    log_every: int = free_field(10, ge=1, description="steps between log entries; the host waits for the device then")
 
 
 class Recipe(Frozen):
     """A whole run."""
 
-    description: str = Field(min_length=1, description="what the run is, and what is to be expected of it")
+    description: str = free_field(min_length=1, description="what the run is, and what is to be expected of it")
     model: ViTConfig
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -151,13 +158,6 @@ class Recipe(Frozen):
         return self
 
 
-def with_precision(recipe: Recipe, precision: str) -> Recipe:
-    """The recipe with train.precision "auto" decided."""
-    if recipe.train.precision != "auto":
-        return recipe
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
-
-
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -165,13 +165,44 @@ def recipe_names() -> list[str]:
 
 def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """A recipe by name or YAML file, with `key=value` overrides. Raises UserError naming file, key and fix."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
-    if not path.exists():
-        raise UserError(f"--recipe {name!r}: no such file, and not one of {', '.join(recipe_names())}.")
-    content = read_yaml(path, f"A recipe has the keys {', '.join(Recipe.model_fields)}: correct it, or name another.")
+    path = _find_recipe(name, Path(), f"--recipe {name!r}")
+    content = _read_with_bases(path, ())
     for override in overrides:
         apply_override(content, override)
     return parse_recipe(content, str(path))
+
+
+def _find_recipe(name: str, folder: Path, source: str) -> Path:
+    """File of a recipe: a path, which starts at `folder`, or a name of ours."""
+    path = folder / name if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.exists():
+        raise UserError(f"{source}: no such file, and not one of {', '.join(recipe_names())}.")
+    return path
+
+
+def _read_with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The mapping of a recipe's file, put over that of its `base`; `above` are the files that build on it."""
+    content = read_yaml(path, f"A recipe has the keys {', '.join(Recipe.model_fields)}: correct it, or name another.")
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    base_path = _find_recipe(str(base), path.parent, f"{path}: base {base!r}")
+    chain = (*above, path)
+    if base_path.resolve() in [file.resolve() for file in chain]:
+        raise UserError(f"{path}: base {base!r} leads back to itself: {' -> '.join(map(str, (*chain, base_path)))}.")
+    below = _read_with_bases(base_path, chain)
+    below.pop("description", None)  # of another run
+    return _merged(below, content)
+
+
+def _merged(below: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Two mappings in one: of what both name, mappings are merged, and of other values that of `over` stays."""
+    both = {
+        key: _merged(below[key], value)
+        for key, value in over.items()
+        if isinstance(value, dict) and isinstance(below.get(key), dict)
+    }
+    return {**below, **over, **both}
 
 
 def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
@@ -222,11 +253,27 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """Dotted keys in which two recipes differ."""
+    return changed_entries(old.model_dump(mode="json"), new.model_dump(mode="json"))
+
+
+def changed_entries(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Dotted keys in which two nested mappings differ."""
 
     def flat(value: Any, prefix: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             return {prefix: value}
         return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}.{key}".lstrip(".")).items()}
 
-    before, after = flat(old.model_dump(mode="json"), ""), flat(new.model_dump(mode="json"), "")
+    before, after = flat(old, ""), flat(new, "")
     return [key for key in {**before, **after} if before.get(key) != after.get(key)]
+
+
+def free_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Freedom]:
+    """Dotted keys that may change when a run goes on, and when: those declared by `free_field`."""
+    free: dict[str, Freedom] = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.json_schema_extra, dict) and "free" in field.json_schema_extra:
+            free[f"{prefix}{name}"] = typing.cast(Freedom, field.json_schema_extra["free"])
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            free |= free_keys(field.annotation, f"{prefix}{name}.")
+    return free

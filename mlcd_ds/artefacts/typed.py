@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import reprlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 12
 _SHORT.maxlevel = 3
+
+Freedom = Literal["always", "rates"]
 
 
 class Frozen(BaseModel):
@@ -26,6 +28,14 @@ def shown(value: Any) -> str:
         return _SHORT.repr(value)
     except ValueError:  # Python writes no number of more than 4,300 digits
         return f"a very long {type(value).__name__}"
+
+
+def free_field(default: Any = ..., *, when: Freedom = "always", **settings: Any) -> Any:
+    """A `Field` of a recipe that may change when a run goes on; a change of any other makes it another run.
+
+    `when`: always; or as long as the learning rates of the steps already done stay as they were.
+    """
+    return Field(default, json_schema_extra={"free": when}, **settings)
 
 
 def first_problem(error: ValidationError) -> str:

@@ -1,6 +1,6 @@
 """First centres: random rows, greedy k-means++, or two levels. The same on any number of ranks, up to rounding.
 
-C centres, N rows of a sample, K chosen rows or projected width, T candidates, B rows of a block, E width.
+C centres, N rows of a sample, K chosen rows or projected width, F = K + 1, T candidates, B rows of a block, E width.
 """
 
 from __future__ import annotations
@@ -110,18 +110,18 @@ def draw_far_apart(points_NK: Tensor, num_centers: int, generator: np.random.Gen
     num_candidates = PLUS_CANDIDATES * (2 + int(np.log(num_centers)))
     draws_CT = torch.from_numpy(generator.random((num_centers, num_candidates))).to(points_NK.device)
     squares_N = points_NK.square().sum(dim=1)
+    # [x, 1] . [2 c, -|c|^2] = |x|^2 - |x - c|^2
+    rows_NF = torch.cat([points_NK, torch.ones_like(squares_N)[:, None]], dim=1)
+    factors_NF = torch.cat([2 * points_NK, -squares_N[:, None]], dim=1)
+    nearest_N = (4 * squares_N.max()).expand(len(squares_N))  # squared distance from the nearest so far; none is larger
     chosen_C = torch.empty(num_centers, dtype=torch.int64, device=points_NK.device)
-    nearest_N = torch.ones_like(squares_N)  # squared distance from the nearest so far; all rows alike for the first
     for center in range(num_centers):
         ends_N = nearest_N.double().cumsum(0)
-        candidates_T = torch.searchsorted(ends_N, draws_CT[center] * ends_N[-1], right=True)
-        candidates_T = candidates_T.clamp_max(len(points_NK) - 1)
-        distances_TN = torch.addmm(squares_N, points_NK[candidates_T], points_NK.T, alpha=-2)
-        distances_TN = (distances_TN + squares_N[candidates_T, None]).clamp_min(LEAST_DISTANCE)
-        if center > 0:
-            distances_TN = torch.minimum(distances_TN, nearest_N)
-        best = distances_TN.sum(dim=1).argmin()
-        chosen_C[center], nearest_N = candidates_T[best], distances_TN[best]
+        places_T = torch.searchsorted(ends_N, draws_CT[center] * ends_N[-1], right=True).clamp_max(len(rows_NF) - 1)
+        gains_TN = torch.addmm(nearest_N - squares_N, factors_NF[places_T], rows_NF.T).clamp_min_(0)
+        best = gains_TN.sum(dim=1).argmax()
+        chosen_C[center] = places_T[best]
+        nearest_N = (nearest_N - gains_TN[best]).clamp_min(LEAST_DISTANCE)
     return chosen_C
 
 

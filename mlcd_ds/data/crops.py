@@ -1,4 +1,4 @@
-"""Crop boxes, as numbers: the augmentation is decided here and carried out by DALI (or by the plain reference).
+"""Training's crop boxes, as numbers: the augmentation is decided here and carried out by DALI (or the plain reference).
 
 Boxes are [N, 4] int32: top, left, height, width, in pixels of the decoded image.
 """
@@ -11,13 +11,6 @@ from mlcd_ds.data.order import uniforms
 
 NUM_TRIES = 10
 NUM_DRAWS = 4 * NUM_TRIES + 1
-
-
-def center_boxes(sizes_N2: np.ndarray) -> np.ndarray:
-    """The largest centre square: evaluation's resize and centre crop in one."""
-    side_N = sizes_N2.min(axis=1).astype(np.int64)
-    corner_N2 = (sizes_N2 - side_N[:, None]) // 2
-    return np.concatenate([corner_N2, side_N[:, None], side_N[:, None]], axis=1).astype(np.int32)
 
 
 def random_boxes(

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mlcd_ds.artefacts.typed import Frozen
 from mlcd_ds.data.colors import NUM_COLORS, random_colors, random_keys
-from mlcd_ds.data.crops import center_boxes, random_boxes
-from mlcd_ds.data.dali import EncodedBatch, ImageDecoder
+from mlcd_ds.data.crops import random_boxes
+from mlcd_ds.data.dali import EncodedBatch, EvaluationDecoder, ImageDecoder, WholeImages
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.order import SampleOrder
 from mlcd_ds.data.pixels import PixelFormat
@@ -187,18 +187,17 @@ class TrainLoader:
         self._reader.close()
 
 
-def shard_images(index: ShardIndex, shard: int, decoder: ImageDecoder) -> Iterator[Tensor]:
-    """All images of one shard in index order, centre-cropped, in batches [<= decoder.batch_size, 3, S, S]."""
+def shard_images(index: ShardIndex, shard: int, decoder: EvaluationDecoder) -> Iterator[Tensor]:
+    """All images of one shard in index order, as the decoder's model takes them, in batches [<= its size, 3, S, S]."""
     samples = index.samples(shard)
     reader = ShardReader(index)
-    boxes, batch_size = center_boxes(samples.sizes_N2), decoder.batch_size
-    queued = 0
+    batch_size, queued = decoder.batch_size, 0
     try:
         for begin in range(0, len(samples.keys), batch_size):
             rows = range(begin, min(begin + batch_size, len(samples.keys)))
             encoded = [reader.read(shard, samples.image, row) for row in rows]
             origin = f"{index.shards[shard].path}, keys {samples.keys[rows[0]]} to {samples.keys[rows[-1]]}"
-            decoder.push(EncodedBatch(encoded, boxes[rows.start : rows.stop], np.zeros(len(rows), np.int32), origin))
+            decoder.push(WholeImages(encoded, samples.sizes_N2[rows.start : rows.stop], origin))
             queued += 1
             if queued == 2:
                 yield decoder.pop()

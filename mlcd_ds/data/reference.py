@@ -1,9 +1,13 @@
 """The plain loader: what the DALI graph computes, in Pillow and numpy, one image at a time. The oracle of its tests.
 
-Also the specification: decode (EXIF orientation applied, alpha dropped, grey, CMYK and 16 bits turned into 8-bit RGB),
-cut the box, resize with an antialiased cubic filter and round to whole grey levels, change the colours and round again,
-mirror, normalise. The filter sees
-nothing outside the box: the box's edge pixels are repeated there.
+Also the specification. Both ways decode alike: EXIF orientation applied, alpha dropped, grey, CMYK and 16 bits turned
+into 8-bit RGB.
+
+- `load`, to train: cut the box, resize with an antialiased cubic filter and round to whole grey levels, change
+  the colours and round again, mirror, normalise. The filter sees nothing outside the
+  box: its edge pixels are repeated there.
+- `load_whole`, to embed and evaluate: resize the whole image by Pillow, cut its centre, normalise: what transformers'
+  image processors (their Pillow backend) do.
 """
 
 from __future__ import annotations
@@ -16,10 +20,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mlcd_ds.data.dali import EncodedBatch
+from mlcd_ds.data.dali import EncodedBatch, WholeImages
+from mlcd_ds.data.frames import cubic
 from mlcd_ds.data.pixels import PixelFormat
-
-CUBIC_A = -0.5  # Catmull-Rom, as in Pillow, in torch with antialiasing and in DALI
 
 
 def decode(encoded: bytes) -> np.ndarray:
@@ -29,14 +32,6 @@ def decode(encoded: bytes) -> np.ndarray:
         if image.mode.startswith("I;16"):  # Pillow would clip it to 255
             image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
         return np.array(image.convert("RGB"))
-
-
-def cubic(x: np.ndarray) -> np.ndarray:
-    """Keys' cubic kernel at distances `x`."""
-    x, a = np.abs(x), CUBIC_A
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
 
 
 def filter_matrix(size_in: int, size_out: int, antialias: bool = True) -> np.ndarray:
@@ -84,12 +79,30 @@ def twist(pixels_HW3: np.ndarray, colors: Sequence[float]) -> np.ndarray:
     return np.floor(values + 0.5).clip(0, 255).astype(np.uint8)
 
 
+def normalise(pixels_HW3: np.ndarray, pixels: PixelFormat) -> np.ndarray:
+    """fp32 [3, height, width]."""
+    return ((pixels_HW3 - np.array(pixels.mean)) / pixels.std).transpose(2, 0, 1).astype(np.float32)
+
+
 def load(batch: EncodedBatch, pixels: PixelFormat) -> Tensor:
-    """Images fp32 [B, 3, S, S] of a batch, normalised: what ImageDecoder gives for it."""
+    """Images fp32 [B, 3, S, S] to train on: what ImageDecoder gives for the batch."""
     images = []
     colors_B = [None] * len(batch.images) if batch.colors_B4 is None else batch.colors_B4
     for encoded, box, is_flipped, colors in zip(batch.images, batch.boxes_B4, batch.flips_B, colors_B, strict=True):
         image = crop_resize_flip(decode(encoded), box, bool(is_flipped), pixels.image_size)
-        image = image if colors is None else twist(image, colors)
-        images.append(((image - np.array(pixels.mean)) / pixels.std).transpose(2, 0, 1).astype(np.float32))
+        images.append(normalise(image if colors is None else twist(image, colors), pixels))
+    return torch.from_numpy(np.stack(images))
+
+
+def resize_and_center(pixels_HW3: np.ndarray, pixels: PixelFormat) -> np.ndarray:
+    """uint8 [S, S, 3]: a whole decoded image, resized, and its centre cut out or put into a black square."""
+    height, width = pixels.resized(*pixels_HW3.shape[:2])
+    image = Image.fromarray(pixels_HW3).resize((width, height), Image.Resampling[pixels.interpolation.upper()])
+    left, top = (width - pixels.image_size) // 2, (height - pixels.image_size) // 2
+    return np.asarray(image.crop((left, top, left + pixels.image_size, top + pixels.image_size)))  # Pillow pads: black
+
+
+def load_whole(batch: WholeImages, pixels: PixelFormat) -> Tensor:
+    """Images fp32 [B, 3, S, S] to evaluate: what EvaluationDecoder gives for the batch."""
+    images = [normalise(resize_and_center(decode(encoded), pixels), pixels) for encoded in batch.images]
     return torch.from_numpy(np.stack(images))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from mlcd_ds.config import load_recipe
 from mlcd_ds.data.pixels import clip_pixels
@@ -28,7 +27,7 @@ def training_run(folder: Path, size: int | None) -> Encoder:
     return _backbone(folder.resolve().name, load_backbone(newest_checkpoint(folder)), size)
 
 
-def _backbone(name: str, network: nn.Module, size: int | None) -> Encoder:
+def _backbone(name: str, network: ViT, size: int | None) -> Encoder:
     """Features before the projection, as linear probes and kNN take them."""
     trained = network.config.image_size
     if size not in (None, trained):

@@ -11,6 +11,8 @@ and may end in @SIZE, the side in pixels at which images are fed, where the netw
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 from mlcd_ds.artefacts.manifest import check_outputs
@@ -21,26 +23,43 @@ from mlcd_ds.encoders.own_runs import training_run, untrained
 from mlcd_ds.encoders.raw_pixels import raw_pixels
 from mlcd_ds.errors import UserError
 
+# Sides in pixels that are taken with @SIZE where the network itself does not say.
+PIXELS_SIDES = (2, 512)
+EFFICIENTNET_SIDES = (32, 1024)
+
 
 def load_encoder(specification: str) -> Encoder:
     """Build an encoder from its specification (see the module's text). Raises UserError that says what is missing."""
-    name, _, size_text = specification.partition("@")
-    if size_text and not size_text.isdigit():
-        raise UserError(f"encoder {specification!r}: what follows @ must be a size in pixels.")
-    size = int(size_text) if size_text else None
+    name, size = _name_and_size(specification)
     if name == "pixels":
-        return raw_pixels(size or 32)
+        return raw_pixels(_checked(specification, size or 32, PIXELS_SIDES))
     if name == "efficientnet-lite0":
-        return efficientnet_lite0(size or 224)
+        return efficientnet_lite0(_checked(specification, size or 224, EFFICIENTNET_SIDES))
     if name.startswith("recipe:"):
         return untrained(name.removeprefix("recipe:"), size)
     folder = Path(name)
-    if (folder / "config.json").exists():
+    if os.path.exists(folder / "config.json"):  # unlike Path.exists, false for a name too long
         check_outputs(folder)  # of `mlcd export`, perhaps
         return hugging_face(folder, size)
-    if (folder / "config.yaml").exists():
+    if os.path.exists(folder / "config.yaml"):
         return training_run(folder, size)
     raise UserError(
-        f"encoder {specification!r} is neither a folder with config.json (Hugging Face) or config.yaml (a run of ours) "
-        "nor one of pixels, efficientnet-lite0, recipe:NAME."
+        f"encoder {specification[:200]!r} is neither a folder with config.json (Hugging Face) or config.yaml (a run of "
+        "ours) nor one of pixels, efficientnet-lite0, recipe:NAME."
     )
+
+
+def _name_and_size(specification: str) -> tuple[str, int | None]:
+    """Split NAME[@SIZE]; a folder's own name may have an @."""
+    name, at, size = specification.rpartition("@")
+    if not at or os.path.isdir(specification):
+        return specification, None
+    if not re.fullmatch("[1-9][0-9]{0,4}", size):
+        raise UserError(f"encoder {specification[:200]!r}: what follows @ must be a size in pixels, not {size[:20]!r}.")
+    return name, int(size)
+
+
+def _checked(specification: str, size: int, sides: tuple[int, int]) -> int:
+    if not sides[0] <= size <= sides[1]:
+        raise UserError(f"encoder {specification!r}: sizes from {sides[0]} to {sides[1]} pixels are taken.")
+    return size

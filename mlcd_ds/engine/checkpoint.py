@@ -63,7 +63,9 @@ class Checkpointer:
         head_optimizer: Any,
         group: Group,
         inputs: dict[str, str],
+        ds_config: dict[str, Any],
     ) -> None:
+        self._ds_config = ds_config
         self._recipe, self._layout, self._group, self._inputs = recipe, layout, group, inputs
         self._state, self._head, self._head_optimizer = EngineState(engine), head, head_optimizer
         self._folder = recipe.train.out / CHECKPOINTS
@@ -117,6 +119,7 @@ class Checkpointer:
                 loss_scale=self._state.loss_scale,
                 inputs=self._inputs,
                 recipe=self._recipe.model_dump(mode="json"),
+                deepspeed=self._ds_config,
                 files=records,
                 versions=library_versions(),
                 git_commit=self._git_commit,
@@ -170,7 +173,7 @@ class Checkpointer:
 
     def _check(self, folder: Path, manifest: CheckpointManifest) -> None:
         for role, fingerprint in self._inputs.items():
-            if manifest.inputs.get(role) != fingerprint:
+            if manifest.inputs.get(role, fingerprint) != fingerprint:  # earlier versions name no clusters
                 raise UserError(
                     f"{folder} was trained on other {role} than data.{role} names now: choose another train.out."
                 )
@@ -179,15 +182,18 @@ class Checkpointer:
                 f"{folder} was saved by an earlier version, whose optimizer state this one does not read. It can be "
                 "evaluated and exported; to go on from its weights, export it, and start a new run --init-from that."
             )
-        names = sorted(manifest.files)
-        bad = [n for n in names[self._group.rank :: self._group.size] if not _is_whole(folder / n, manifest.files[n])]
-        bad = [name for part in self._group.gather_objects(bad) for name in part]
-        # A head file that nobody listed would be read with the others.
-        bad += [path.name for path, _, _ in head_files(folder) if path.name not in manifest.files]
-        if bad:
-            raise UserError(
-                f"{folder / bad[0]} is missing, damaged, or of another checkpoint. {older_checkpoint(folder)}"
-            )
+        check_files(folder, manifest, list(manifest.files), self._group)
+
+
+def check_files(folder: Path, manifest: CheckpointManifest, names: list[str], group: Group) -> None:
+    """Compare files of a checkpoint with their checksums, dealt over the ranks. Collective; UserError names one."""
+    mine = sorted(names)[group.rank :: group.size]
+    bad = [name for name in mine if not _is_whole(folder / name, manifest.files[name])]
+    bad = [name for part in group.gather_objects(bad) for name in part]
+    # A head file that nobody listed would be read with the others.
+    bad += [path.name for path, _, _ in head_files(folder) if path.name not in manifest.files]
+    if bad:
+        raise UserError(f"{folder / bad[0]} is missing, damaged, or of another checkpoint. {older_checkpoint(folder)}")
 
 
 def _is_whole(path: Path, record: FileRecord) -> bool:

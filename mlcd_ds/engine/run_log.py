@@ -16,10 +16,9 @@ import torch
 
 from mlcd_ds.artefacts.files import write_atomic
 from mlcd_ds.artefacts.readers import parse_json, read_bytes
-from mlcd_ds.data.crops import center_boxes
-from mlcd_ds.data.dali import EncodedBatch, ImageDecoder
+from mlcd_ds.data.dali import EvaluationDecoder, WholeImages
 from mlcd_ds.data.label_store import LabelStore
-from mlcd_ds.data.pixels import PixelFormat
+from mlcd_ds.data.pixels import center_square
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
 from mlcd_ds.errors import UserError
 
@@ -95,13 +94,14 @@ def cluster_grid(index: ShardIndex, labels: LabelStore) -> np.ndarray:
     shown = by_size[np.linspace(0, max(0, (counts >= MEMBERS_SHOWN).sum() - 1), CLUSTERS_SHOWN).astype(int)]
     grid = np.full((3, CLUSTERS_SHOWN * SHOWN_SIZE, MEMBERS_SHOWN * SHOWN_SIZE), 255, dtype=np.uint8)
     reader = ShardReader(index)
-    decoder = ImageDecoder(1, PixelFormat(SHOWN_SIZE, (0.0,) * 3, (1.0,) * 3), torch.device("cpu"), num_threads=1)
+    pixels = center_square(SHOWN_SIZE, (0.0,) * 3, (1.0,) * 3)
+    decoder = EvaluationDecoder(1, pixels, torch.device("cpu"), num_threads=1)
     for line, center in enumerate(shown):
         for column, place in enumerate(np.flatnonzero(nearest == center)[:MEMBERS_SHOWN]):
             shard, row = found[place]
             samples = index.samples(shard)
-            box = center_boxes(samples.sizes_N2[row : row + 1])
-            decoder.push(EncodedBatch([reader.read(shard, samples.image, row)], box, np.zeros(1, np.int32)))
+            content = reader.read(shard, samples.image, row)
+            decoder.push(WholeImages([content], samples.sizes_N2[row : row + 1]))
             image = decoder.pop()[0].clamp(0, 255).to(torch.uint8).numpy()
             y, x = line * SHOWN_SIZE, column * SHOWN_SIZE
             grid[:, y : y + SHOWN_SIZE, x : x + SHOWN_SIZE] = image

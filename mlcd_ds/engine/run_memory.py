@@ -7,6 +7,7 @@ import torch
 from mlcd_ds.distributed.ds_config import ZeroBuffers
 from mlcd_ds.engine.activations import Activations
 from mlcd_ds.engine.layout import Layout
+from mlcd_ds.engine.precision import is_autocast
 from mlcd_ds.models.layers import Recompute
 from mlcd_ds.models.vit import ViT, ViTConfig, num_parameters
 
@@ -44,12 +45,12 @@ def training_memory(
         count = num_parameters(ViT(config)) // layout.tensor_parallel
     stage = layout.zero_stage
     owned = count // layout.data_parallel if stage else count  # the weights that this rank updates
-    is_autocast = precision == "bf16" and stage == 0
-    is_short = precision != "fp32" and not is_autocast
+    has_autocast = is_autocast(precision, stage)
+    is_short = precision != "fp32" and not has_autocast
     width = 2 if is_short else 4
 
     weights = (owned if stage == 3 else count) * width
-    if is_autocast:
+    if has_autocast:
         weights += count * 2  # as they are multiplied
     if stage == 3 and layout.data_parallel > 1:
         weights += (min(count, buffers.live) + min(count, buffers.prefetched)) * width
@@ -66,7 +67,7 @@ def training_memory(
         before = gradients
     elif is_accumulated:
         before = count * width if stage == 1 else gradients
-    activations = Activations(config, precision, recompute, token_drop, layout.tensor_parallel, is_autocast)
+    activations = Activations(config, precision, recompute, token_drop, layout.tensor_parallel, has_autocast)
     images = 3 * config.image_size**2 * 4
     copies = (owned * width if stage else 0) + (owned * 4 if is_short else 0)
     # Also of the last reduction, which comes before the gradients' copies.

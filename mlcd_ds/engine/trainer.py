@@ -30,12 +30,14 @@ from mlcd_ds.distributed.deepspeed import initialize_engine, step_engine
 from mlcd_ds.distributed.stopping import StopRequest
 from mlcd_ds.engine.checkpoint import Checkpointer
 from mlcd_ds.engine.hardware import peak_tflops
+from mlcd_ds.engine.init_from import find_start
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.optimizer import backbone_optimizer, head_optimizer, set_learning_rate
 from mlcd_ds.engine.phases import phase_at, phases
+from mlcd_ds.engine.precision import head_config
+from mlcd_ds.engine.run_folder import run_inputs
 from mlcd_ds.engine.run_log import RunLog, log_data_pages, peak_memory_mb
 from mlcd_ds.engine.schedule import learning_rate
-from mlcd_ds.engine.weights import checkpoint_folders, load_released
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.groups import make_head_groups
 from mlcd_ds.heads.partial_fc import PartialFCHead, attach_gradient
@@ -81,9 +83,8 @@ class Trainer:
         seed = recipe.train.seed
         backbone = ViT(recipe.model)
         backbone.init_weights(torch.Generator().manual_seed(seed))
-        if recipe.train.init_from and not checkpoint_folders(recipe.train.out):
-            notes = load_released(recipe.train.init_from, backbone)
-            logger.info("; ".join([f"train: the backbone starts from {recipe.train.init_from}", *notes]))
+        start = find_start(recipe, labels, group)
+        notes = start.fill_backbone(backbone) if start else []
         backbone.set_recompute(recipe.train.recompute)
         if recipe.train.compile:
             for block in backbone.encoder.layers:
@@ -93,13 +94,18 @@ class Trainer:
         self.head = PartialFCHead(
             labels.num_centers,
             recipe.model.embed_dim,
-            recipe.head.with_precision(recipe.train.precision, device),
+            head_config(recipe, device),
             ClassLoss(recipe.objective),
             make_head_groups(group, recipe.head.parallel_size, layout.tensor_parallel),
             seed,
             device,
         )
-        self.head.init_weights(None if recipe.head.init == "normal" else self._own_centers(recipe.data.clusters))
+        if start and start.checkpoint:
+            notes += start.fill_head(self.head)
+        else:
+            self.head.init_weights(None if recipe.head.init == "normal" else self._own_centers(recipe.data.clusters))
+        if start:
+            logger.info("; ".join([f"train: starts from {start.folder}", *notes]))
         self.head_optimizer = head_optimizer(self.head, recipe.optimizer)
         self.wait_s = 0.0  # for data, since the last entry of the log
         self.checkpointer = Checkpointer(
@@ -109,7 +115,8 @@ class Trainer:
             self.head,
             self.head_optimizer,
             group,
-            {"index": index.manifest.fingerprint, "labels": labels.manifest.fingerprint},
+            run_inputs(index, labels),
+            ds_config,
         )
 
     def _own_centers(self, folder: Path) -> Tensor:

@@ -8,20 +8,16 @@ import torch
 from pydantic import Field, ValidationError
 
 from mlcd_ds.artefacts.files import FileRecord, seal_of, write_json
-from mlcd_ds.artefacts.manifest import check_outputs
 from mlcd_ds.artefacts.readers import check_size, decoding, read_json_object, read_tensors, read_yaml
 from mlcd_ds.artefacts.typed import Frozen, first_problem
 from mlcd_ds.config import Recipe, parse_recipe
 from mlcd_ds.errors import UserError
-from mlcd_ds.models.convert import from_vision_model
-from mlcd_ds.models.positions import resize_positions
 from mlcd_ds.models.vit import ViT
 
 CONFIG_NAME = "config.yaml"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_NAME = "checkpoint.json"
 BACKBONE_NAME = "backbone.safetensors"
-POSITIONS = "embeddings.position_embedding.weight"
 
 
 class CheckpointManifest(Frozen):
@@ -36,6 +32,7 @@ class CheckpointManifest(Frozen):
     loss_scale: dict[str, float] = Field(default_factory=dict)
     inputs: dict[str, str]
     recipe: dict
+    deepspeed: dict | None = None  # as the engine was given it
     files: dict[str, FileRecord]
     versions: dict[str, str]
     git_commit: str | None
@@ -110,37 +107,3 @@ def load_backbone(checkpoint: Path) -> ViT:
     with decoding(path, fix):
         model.load_state_dict(tensors, assign=True)
     return model.eval()
-
-
-def load_released(folder: Path, model: ViT) -> list[str]:
-    """Fill an initialised backbone from a Hugging Face folder (a released CLIP or MLCD model, or `mlcd export`'s).
-
-    Learned positions are resized where the resolution differs. The projection is taken from projection.safetensors
-    where that fits, else left as it was initialised. Returns what was done besides copying, in words. UserError names
-    the folder and what does not fit.
-    """
-    notes, fix = [], "train.init_from takes a Hugging Face folder, such as `mlcd export` writes."
-    check_outputs(folder)
-    released = read_json_object(folder / "config.json", fix)
-    tensors = read_tensors(folder / "model.safetensors", fix)
-    with decoding(f"train.init_from {folder}", fix):
-        config, state = from_vision_model(tensors, released)
-    own = ("image_size", "embed_dim", "num_registers")
-    for key, value in model.config.model_dump(exclude=set(own)).items():
-        if getattr(config, key) != value:
-            raise UserError(f"train.init_from {folder} has {key} {getattr(config, key)}, model.{key} is {value}.")
-    if (positions := state.get(POSITIONS)) is not None and len(positions) != model.config.num_patches + 1:
-        state[POSITIONS] = resize_positions(positions, model.config.num_patches)
-        notes.append(f"positions resized from {config.image_size} to {model.config.image_size} px")
-    target = model.state_dict()
-    projection = folder / "projection.safetensors"
-    if projection.exists():
-        weight = read_tensors(projection, fix).get("projection.weight")
-        if weight is not None and weight.shape == target["projection.weight"].shape:
-            state["projection.weight"] = weight
-    if model.config.num_registers:
-        notes.append("the registers start at random")
-    if "projection.weight" not in state:
-        notes.append("the projection starts at random")
-    model.load_state_dict(state, strict=False)
-    return notes

@@ -34,8 +34,11 @@ def save_head(folder: Path, head: PartialFCHead, optimizer: RowOptimizer) -> Non
         raise OSError(str(error)) from None
 
 
-def load_head(folder: Path, head: PartialFCHead, optimizer: RowOptimizer) -> None:
-    """Read this rank's classes from whichever files hold them. UserError names a damaged file or the gap."""
+def load_head(folder: Path, head: PartialFCHead, optimizer: RowOptimizer | None) -> None:
+    """Read this rank's classes from whichever files hold them; without an optimizer the centres alone.
+
+    UserError names a damaged file or the gap.
+    """
     targets, reached = _state(head, optimizer), head.classes.begin
     for path, begin, end in [*head_files(folder), (None, head.classes.num_classes, head.classes.num_classes)]:
         if reached < min(begin, head.classes.end):
@@ -49,8 +52,8 @@ def load_head(folder: Path, head: PartialFCHead, optimizer: RowOptimizer) -> Non
             reached = last
 
 
-def _state(head: PartialFCHead, optimizer: RowOptimizer) -> dict[str, Tensor]:
-    return {"weight": head.weight_LE.detach(), **optimizer.state}
+def _state(head: PartialFCHead, optimizer: RowOptimizer | None) -> dict[str, Tensor]:
+    return {"weight": head.weight_LE.detach(), **(optimizer.state if optimizer else {})}
 
 
 def _read_rows(path: Path, begin: int, end: int, classes: slice, targets: dict[str, Tensor], first_target: int) -> None:

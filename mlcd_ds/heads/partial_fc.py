@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mlcd_ds.artefacts.typed import Frozen
+from mlcd_ds.artefacts.typed import Frozen, free_field
 from mlcd_ds.heads.center_init import normal_centers, projected_centers
 from mlcd_ds.heads.centers import Centers, sample_features, scatter_features, through_unit, to_unit
 from mlcd_ds.heads.choose_exp_block import choose_exp_block
@@ -26,7 +26,6 @@ from mlcd_ds.heads.class_shards import class_range
 from mlcd_ds.heads.groups import HeadGroups
 from mlcd_ds.heads.negatives import Negatives
 from mlcd_ds.heads.positives import Positives
-from mlcd_ds.kernels.device import check_bf16, has_bf16
 from mlcd_ds.kernels.matmul import Matmul
 from mlcd_ds.objectives.class_losses import ClassLoss
 
@@ -42,7 +41,7 @@ class HeadConfig(Frozen):
         "normal", description="first centres: random, or the k-means centres in data.clusters, projected"
     )
     init_std: float = Field(0.01, gt=0, description="deviation of the first centres' entries")
-    parallel_size: int | None = Field(
+    parallel_size: int | None = free_field(
         None, ge=1, description="ranks that share the classes; null: all; fewer: every so many ranks hold a copy"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -58,16 +57,6 @@ class HeadConfig(Frozen):
         "lazy", description="lazy: a step moves the rows that it touched; dense: all rows, as torch's optimizers do"
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
-
-    def with_precision(self, backbone: str, device: torch.device) -> HeadConfig:
-        """These settings with precision "auto" decided by the backbone's and the device.
-
-        UserError when bf16 is asked for and the GPU has none.
-        """
-        if self.precision == "bf16":
-            check_bf16(device, "head.precision bf16", "set head.precision=fp32 or auto")
-        chosen = "fp32" if backbone == "fp32" or not has_bf16(device) else "bf16"
-        return self if self.precision != "auto" else self.model_copy(update={"precision": chosen})
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
-"""Conversion between `ViT` and open_clip's image tower: the keys below `visual.`, and the tower's config. No files.
+"""Conversion between `ViT` and open_clip's image tower, and the whole model that open_clip loads. No files.
 
-open_clip joins q, k and v into one projection, and multiplies by `proj` from the right.
+open_clip joins q, k and v into one projection, and multiplies by `proj` from the right. It loads whole models only: an
+image tower goes with a text tower that is a placeholder, one tiny block of zeros.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,9 +35,20 @@ _IN_BLOCK = {
 _QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
 
 
+# open_clip's own tokenizer needs this length and vocabulary.
+_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
+NOTE = (  # written into the files
+    "An image tower. The text tower is an untrained placeholder of zeros, because open_clip loads whole models only: "
+    "use model.encode_image or model.visual; encode_text gives zeros."
+)
+
+
 def open_clip_config(config: ViTConfig) -> dict[str, Any]:
-    """The image part of an open_clip model config. ValueError for rotary positions, which open_clip does not have."""
+    """A `model_cfg` of open_clip. ValueError for rotary positions, which open_clip does not have."""
     _check(config)
+    ratio = config.mlp_width / config.width
+    if int(config.width * ratio) < config.mlp_width:  # open_clip cuts the product
+        ratio = math.nextafter(ratio, math.inf)
     return {
         "embed_dim": config.embed_dim,
         "quick_gelu": config.activation == "quick_gelu",
@@ -45,9 +58,31 @@ def open_clip_config(config: ViTConfig) -> dict[str, Any]:
             "width": config.width,
             "layers": config.depth,
             "head_width": config.head_dim,
-            "mlp_ratio": config.mlp_width / config.width,
+            "mlp_ratio": ratio,
+            "norm_kwargs": {"eps": config.norm_eps},
         },
+        "text_cfg": dict(_TEXT),
     }
+
+
+def placeholder_text_tower(embed_dim: int) -> dict[str, Tensor]:
+    """What an open_clip model has besides its image tower, zeros all: no text tower, and none that looks like one."""
+    width, mlp_width, block = _TEXT["width"], 4 * _TEXT["width"], "transformer.resblocks.0."
+    shapes = {
+        "token_embedding.weight": (_TEXT["vocab_size"], width),
+        "positional_embedding": (_TEXT["context_length"], width),
+        "text_projection": (width, embed_dim),
+        "logit_scale": (),
+        block + "attn.in_proj_weight": (3 * width, width),
+        block + "attn.in_proj_bias": (3 * width,),
+        block + "attn.out_proj.weight": (width, width),
+        block + "mlp.c_fc.weight": (mlp_width, width),
+        block + "mlp.c_fc.bias": (mlp_width,),
+        block + "mlp.c_proj.weight": (width, mlp_width),
+    }
+    vectors = ("ln_final.weight", "ln_final.bias", *(f"{block}ln_{n}.{k}" for n in (1, 2) for k in ("weight", "bias")))
+    shapes |= dict.fromkeys((*vectors, block + "attn.out_proj.bias", block + "mlp.c_proj.bias"), (width,))
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
 
 def to_open_clip(state: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from mlcd_ds.artefacts.files import write_atomic
 from mlcd_ds.artefacts.manifest import library_versions, write_manifest
 from mlcd_ds.artefacts.typed import MAX_BATCH, MAX_THREADS
 from mlcd_ds.clustering.embedding_store import EmbeddingManifest
-from mlcd_ds.data.dali import ImageDecoder
+from mlcd_ds.data.dali import EvaluationDecoder
 from mlcd_ds.data.loader import shard_images
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
 from mlcd_ds.encoders.base import Encoder, TextEncoder
@@ -48,7 +48,7 @@ class Options(runner.StageOptions):
     num_threads: int = Field(2, ge=1, le=MAX_THREADS, description="decoding threads of a rank")
 
 
-def embed_shard(encoder: Encoder, decoder: ImageDecoder, index: ShardIndex, shard: int) -> np.ndarray:
+def embed_shard(encoder: Encoder, decoder: EvaluationDecoder, index: ShardIndex, shard: int) -> np.ndarray:
     """Unit-length embeddings fp16 [n, E] of one shard that is not empty."""
     blocks = []
     with torch.inference_mode():
@@ -112,7 +112,7 @@ def run(options: Options, context: runner.Context) -> None:
     if options.dry_run:
         return
     encoder.to(context.device)
-    decoder = ImageDecoder(options.batch_size, encoder.pixels, context.device, options.num_threads)
+    decoder = EvaluationDecoder(options.batch_size, encoder.pixels, context.device, options.num_threads)
     numbers = {entry.name: number for number, entry in enumerate(index.shards)}
 
     if texts:

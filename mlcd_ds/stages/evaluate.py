@@ -26,7 +26,7 @@ from mlcd_ds.artefacts.files import write_atomic, write_json
 from mlcd_ds.artefacts.manifest import Manifest, library_versions, write_manifest
 from mlcd_ds.artefacts.readers import read_json
 from mlcd_ds.artefacts.typed import MAX_BATCH, MAX_THREADS
-from mlcd_ds.data.dali import ImageDecoder
+from mlcd_ds.data.dali import EvaluationDecoder
 from mlcd_ds.data.loader import shard_images
 from mlcd_ds.data.sample_labels import shard_labels
 from mlcd_ds.data.shard_index import ShardIndex
@@ -69,7 +69,7 @@ def compute_features(
 
     Returns the shards' notes: on rank 0 all.
     """
-    decoder = ImageDecoder(options.batch_size, encoder.pixels, context.device, options.num_threads)
+    decoder = EvaluationDecoder(options.batch_size, encoder.pixels, context.device, options.num_threads)
     numbers = {entry.name: number for number, entry in enumerate(index.shards) if entry.num_images}
 
     def work(name: str) -> tuple[dict, dict]:

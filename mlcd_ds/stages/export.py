@@ -2,10 +2,12 @@
 
 Writes config.json, model.safetensors, preprocessor_config.json and, beside them because it is not part of that model,
 projection.safetensors: the linear map [E, D] from the pooled output to the embedding that the loss saw. Where positions
-are learned, open_clip's layout too: open_clip/model.safetensors (the keys below `visual.`) and open_clip/config.json.
+are learned, a folder for open_clip too. open_clip loads whole models only, so a placeholder stands there for the text
+tower: encode_text gives zeros.
 
   mlcd export --run runs/demo/train --out runs/demo/export
   python -c "import transformers; transformers.CLIPVisionModel.from_pretrained('runs/demo/export')"
+  python -c "import open_clip; open_clip.create_model_and_transforms('local-dir:runs/demo/export/open_clip')"
 """
 
 from __future__ import annotations
@@ -17,14 +19,15 @@ from safetensors.torch import save
 
 from mlcd_ds.artefacts.files import sha256_of, write_atomic, write_json
 from mlcd_ds.artefacts.manifest import Manifest, library_versions, write_manifest
-from mlcd_ds.data.pixels import CLIP_MEAN, CLIP_STD
+from mlcd_ds.data.pixels import clip_pixels
+from mlcd_ds.encoders.preprocessor import open_clip_preprocessing, preprocessor_config
 from mlcd_ds.engine.weights import BACKBONE_NAME, load_backbone, newest_checkpoint, read_checkpoint
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.convert import to_vision_model, vision_config
-from mlcd_ds.models.open_clip import open_clip_config, to_open_clip
+from mlcd_ds.models.open_clip import NOTE, open_clip_config, placeholder_text_tower, to_open_clip
 from mlcd_ds.stages import runner
 
-BICUBIC = 3  # Pillow's number, which preprocessor configs use
+OPEN_CLIP_CONFIG, OPEN_CLIP_MODEL = "open_clip_config.json", "open_clip_model.safetensors"  # the names it looks for
 
 
 class Options(runner.StageOptions):
@@ -37,24 +40,6 @@ class ExportManifest(Manifest):
     """Manifest of `mlcd export`; `step` is the checkpoint's."""
 
     step: int
-
-
-def preprocessor_config(image_size: int) -> dict:
-    """How our images are prepared, in the words of Hugging Face's CLIPImageProcessor."""
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": image_size},
-        "resample": BICUBIC,
-        "do_center_crop": True,
-        "crop_size": {"height": image_size, "width": image_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [value / 255 for value in CLIP_MEAN],
-        "image_std": [value / 255 for value in CLIP_STD],
-        "do_convert_rgb": True,
-    }
 
 
 def run(options: Options, context: runner.Context) -> None:
@@ -80,7 +65,7 @@ def run(options: Options, context: runner.Context) -> None:
     runner.logger.info("export: %s -> %s", folder, options.out)
     if options.dry_run or not context.group.is_main:
         return
-    state = model.state_dict()
+    state, pixels = model.state_dict(), clip_pixels(model.config.image_size)
     weights = save({name: value.contiguous() for name, value in to_vision_model(state).items()}, {"format": "pt"})
     projection = save({"projection.weight": state["projection.weight"].contiguous()}, {"format": "pt"})
     files = {
@@ -88,19 +73,21 @@ def run(options: Options, context: runner.Context) -> None:
         "projection.safetensors": write_atomic(
             options.out / "projection.safetensors", lambda file: file.write(projection)
         ),
-        "preprocessor_config.json": write_json(
-            options.out / "preprocessor_config.json", preprocessor_config(model.config.image_size)
-        ),
+        "preprocessor_config.json": write_json(options.out / "preprocessor_config.json", preprocessor_config(pixels)),
         "config.json": write_json(options.out / "config.json", vision_config(model.config)),
     }
     if model.config.positions == "learned":
-        tower = save(to_open_clip(state, model.config), {"format": "pt"})
-        (options.out / "open_clip").mkdir(exist_ok=True)
+        whole = to_open_clip(state, model.config) | placeholder_text_tower(model.config.embed_dim)
+        content = save(whole, {"format": "pt", "note": NOTE})
+        description = {
+            "note": NOTE,
+            "model_cfg": open_clip_config(model.config),
+            "preprocess_cfg": open_clip_preprocessing(pixels),
+        }
+        folder = options.out / "open_clip"
         files |= {
-            "open_clip/model.safetensors": write_atomic(
-                options.out / "open_clip/model.safetensors", lambda file: file.write(tower)
-            ),
-            "open_clip/config.json": write_json(options.out / "open_clip/config.json", open_clip_config(model.config)),
+            f"open_clip/{OPEN_CLIP_CONFIG}": write_json(folder / OPEN_CLIP_CONFIG, description),
+            f"open_clip/{OPEN_CLIP_MODEL}": write_atomic(folder / OPEN_CLIP_MODEL, lambda file: file.write(content)),
         }
     write_manifest(options.out, wanted.model_copy(update={"files": files}))
 

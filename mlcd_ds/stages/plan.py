@@ -20,18 +20,13 @@ from pathlib import Path
 import torch
 
 from mlcd_ds.clustering.kmeans_memory import cluster_memory, predicted_seconds
-from mlcd_ds.config import Recipe, load_recipe, recipe_names, with_precision
-from mlcd_ds.distributed.ds_config import (
-    ZeroBuffers,
-    check_zero_section,
-    read_ds_config,
-    stated_precision,
-    tensor_parallel_size,
-    zero_buffers,
-)
+from mlcd_ds.config import Recipe, load_recipe, recipe_names
+from mlcd_ds.distributed.ds_config import ZeroBuffers, read_ds_config, zero_buffers
+from mlcd_ds.engine.engine_config import read_layout
 from mlcd_ds.engine.hardware import GPUS, Gpu
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.phases import phases
+from mlcd_ds.engine.precision import decide_precision
 from mlcd_ds.engine.run_memory import decoding_memory, training_memory
 from mlcd_ds.engine.run_time import StepTime, step_time, traffic
 from mlcd_ds.errors import UserError
@@ -261,8 +256,8 @@ def run(args: argparse.Namespace) -> int:
         config = read_ds_config(path)
     if args.tensor_parallel:
         config["tensor_parallel"] = {"autotp_size": args.tensor_parallel}
-    recipe = with_precision(load_recipe(args.recipe, tuple(args.overrides)), stated_precision(config, path))
-    layout = Layout(args.gpus, tensor_parallel_size(config, path), check_zero_section(config, path))
+    recipe = decide_precision(load_recipe(args.recipe, tuple(args.overrides)), config, path)
+    layout = read_layout(config, path, args.gpus)
     if "offload_param" in config.get("zero_optimization", {}):
         raise UserError(f"{path}: what zero_optimization.offload_param saves is not planned: leave it out here.")
     width = 2 if recipe.train.precision != "fp32" and layout.zero_stage else 4

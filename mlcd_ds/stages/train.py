@@ -17,41 +17,19 @@ from pathlib import Path
 
 import torch
 
-from mlcd_ds.artefacts.files import record_of, write_atomic
-from mlcd_ds.artefacts.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    library_versions,
-    read_manifest,
-    refuse_foreign_folder,
-    write_manifest,
-)
-from mlcd_ds.artefacts.readers import check_record
-from mlcd_ds.config import Recipe, changed_keys, dump_recipe, load_recipe, recipe_names, with_precision
+from mlcd_ds.config import Recipe, dump_recipe, load_recipe, recipe_names
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.loader import StreamSlice
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.distributed.ds_config import (
-    check_filled_config,
-    check_zero_section,
-    fill_ds_config,
-    read_ds_config,
-    stated_precision,
-    tensor_parallel_size,
-)
+from mlcd_ds.distributed.ds_config import check_filled_config, read_ds_config
 from mlcd_ds.distributed.stopping import EXIT_REQUEUE, StopRequest
+from mlcd_ds.engine.engine_config import read_layout, resolve_ds_config
+from mlcd_ds.engine.init_from import find_start
 from mlcd_ds.engine.layout import Layout, plan_batches
-from mlcd_ds.engine.tensor_parallel import autotp_section
+from mlcd_ds.engine.precision import decide_precision
+from mlcd_ds.engine.run_folder import claim_folder, run_inputs, write_train_manifest
 from mlcd_ds.engine.trainer import Trainer
-from mlcd_ds.engine.weights import (
-    CHECKPOINT_NAME,
-    CONFIG_NAME,
-    checkpoint_folders,
-    missing_file,
-    read_checkpoint,
-    read_run_recipe,
-)
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.choose_exp_block import check_kernel
 from mlcd_ds.heads.class_sampling import num_sampled
@@ -60,29 +38,6 @@ from mlcd_ds.heads.groups import num_class_shards
 from mlcd_ds.kernels.device import check_bf16
 from mlcd_ds.models.vit import ViT, flops_per_image, num_parameters
 from mlcd_ds.stages import runner
-
-# Keys that may change when a run goes on; any other change would make it another run.
-FREE_KEYS = (
-    "description",
-    "data.clusters",
-    "data.index",
-    "data.labels",
-    "data.num_threads",
-    "head.parallel_size",
-    "train.out",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.log_every",
-    "train.micro_batch_per_rank",
-    "train.recompute",
-    "train.compile",
-)
-
-
-class TrainManifest(Manifest):
-    """Manifest of `mlcd train`; written when the last step is done."""
-
-    step: int
 
 
 def build_parser() -> runner.Parser:
@@ -96,49 +51,12 @@ def build_parser() -> runner.Parser:
     parser.add_argument(
         "--init-from",
         metavar="FOLDER",
-        help="start from this Hugging Face backbone (the same as train.init_from=FOLDER)",
+        help="start from this run (its newest checkpoint, or RUN/checkpoints/step_N), backbone and head; or from this "
+        "Hugging Face backbone (the same as train.init_from=FOLDER)",
     )
     parser.add_argument("--dry-run", action="store_true", help="build everything without memory, print it, exit")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment rules
     return parser
-
-
-def read_layout(config: dict, path: Path, num_ranks: int) -> Layout:
-    """How the DeepSpeed file spreads the backbone over the ranks."""
-    return Layout(num_ranks, tensor_parallel_size(config, path), check_zero_section(config, path))
-
-
-def resolve_ds_config(config: dict, path: Path, recipe: Recipe, layout: Layout, batch_slice: StreamSlice) -> dict:
-    """The DeepSpeed config with everything that the recipe says filled in."""
-    precision = recipe.train.precision
-    source = f"train.precision={precision} in the recipe"
-    if recipe.optimizer.name == "muon" and "grad_accum_dtype" in config.get("data_types", {}):
-        raise UserError(f"{path}: data_types.grad_accum_dtype is not for optimizer.name muon: leave it out.")
-    # In bf16 DeepSpeed's stage 0 has no fp32 copy of the weights, and small updates are lost: autocast keeps one.
-    is_autocast = precision == "bf16" and layout.zero_stage == 0
-    if is_autocast:
-        source = "ZeRO stage 0, where bf16 is torch's autocast over fp32 weights,"
-    values = {
-        "train_batch_size": (recipe.train.global_batch, "train.global_batch in the recipe"),
-        "train_micro_batch_size_per_gpu": (batch_slice.micro_batch, "train.micro_batch_per_rank in the recipe"),
-        "gradient_accumulation_steps": (batch_slice.num_micro_batches, "train.global_batch over ranks and micro-batch"),
-        # Muon's orthogonalised update would be clipped in place of its gradient.
-        "gradient_clipping": (
-            0.0 if recipe.optimizer.name == "muon" else recipe.optimizer.clip_norm,
-            "optimizer.clip_norm in the recipe (0 with muon)",
-        ),
-        "bf16.enabled": (precision == "bf16" and not is_autocast, source),
-        "fp16.enabled": (precision == "fp16", source),
-    }
-    config = fill_ds_config(config, path, values)
-    config.setdefault("zero_optimization", {})["stage"] = layout.zero_stage
-    if is_autocast:
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    if layout.tensor_parallel > 1:
-        config["tensor_parallel"] = autotp_section(layout.tensor_parallel)
-    config.setdefault("steps_per_print", 10**9)  # progress is ours to show
-    config["timers"] = {"throughput": {"enabled": False}}  # its clock would wait for the device twice a step
-    return config
 
 
 def open_data(recipe: Recipe, group: Group) -> tuple[ShardIndex, LabelStore]:
@@ -147,6 +65,7 @@ def open_data(recipe: Recipe, group: Group) -> tuple[ShardIndex, LabelStore]:
         if getattr(recipe.data, key) is None:
             stage_name = {"index": "index", "labels": "assign"}[key]
             raise UserError(f"data.{key} is not given: add data.{key}=FOLDER, made by `mlcd {stage_name}`.")
+    assert recipe.data.index and recipe.data.labels
     index = ShardIndex(recipe.data.index)
     labels = LabelStore(recipe.data.labels, index)
     index.check_shards(group.rank, group.size)
@@ -182,21 +101,9 @@ def describe(
         lines.append(
             f"# head: {len(local)} centres on rank 0, {num_sampled(local, recipe.head.sample_rate)} sampled a step"
         )
+        if start := find_start(recipe, labels, context.group):
+            lines.append(f"# starts from: {start.folder}, {'backbone and head' if start.checkpoint else 'backbone'}")
     runner.logger.info("\n".join(lines))
-
-
-def claim_folder(recipe: Recipe, context: runner.Context) -> None:
-    """Make the run's folder ours: write its config, or check that the one there is of the same run."""
-    refuse_foreign_folder(recipe.train.out, "train", "train.out")
-    path = recipe.train.out / CONFIG_NAME
-    if path.exists():
-        before = read_run_recipe(recipe.train.out)
-        changed = [key for key in changed_keys(before, recipe) if key not in FREE_KEYS]
-        if changed:
-            raise UserError(f"{path} is of a run with another {', '.join(changed)}: choose another train.out.")
-    context.group.barrier()
-    if context.group.is_main:
-        write_atomic(path, lambda file: file.write(dump_recipe(recipe).encode()))
 
 
 def run(args: argparse.Namespace, context: runner.Context) -> int:
@@ -204,7 +111,7 @@ def run(args: argparse.Namespace, context: runner.Context) -> int:
     given = [f"train.init_from={args.init_from}"] if args.init_from else []
     recipe = load_recipe(args.recipe, (*args.overrides, *given))
     given_config = read_ds_config(args.deepspeed_config)
-    recipe = with_precision(recipe, stated_precision(given_config, args.deepspeed_config))
+    recipe = decide_precision(recipe, given_config, args.deepspeed_config)
     if recipe.train.precision == "bf16":
         check_bf16(context.device, "train.precision bf16", "train in fp16, with ds_configs/zero1_fp16.json")
     check_kernel(recipe.head.kernel, context.device)
@@ -216,15 +123,20 @@ def run(args: argparse.Namespace, context: runner.Context) -> int:
         describe(recipe, ds_config, layout, batch_slice, context)
         return 0
     with StopRequest() as stop:
-        return train(recipe, ds_config, layout, context, stop)
+        return train(recipe, given_config, ds_config, layout, context, stop)
 
 
-def train(recipe: Recipe, ds_config: dict, layout: Layout, context: runner.Context, stop: StopRequest) -> int:
-    """Open the data, claim the run's folder, train to the end or to a stop. Returns the exit status."""
+def train(
+    recipe: Recipe, given_config: dict, ds_config: dict, layout: Layout, context: runner.Context, stop: StopRequest
+) -> int:
+    """Open the data, claim the run's folder, train to the end or to a stop. Returns the exit status.
+
+    `given_config` is the DeepSpeed file, `ds_config` the same with everything filled in.
+    """
     index, labels = open_data(recipe, context.group)
-    claim_folder(recipe, context)
-    out = recipe.train.out
-    if is_done(recipe, index, labels):
+    find_start(recipe, labels, context.group)  # what does not fit is refused before the folder is claimed
+    inputs, out = run_inputs(index, labels), recipe.train.out
+    if claim_folder(recipe, given_config, inputs, context.group):
         runner.logger.info("train: done already, nothing to do (%s)", out)
         return 0
     runner.logger.info(
@@ -239,48 +151,9 @@ def train(recipe: Recipe, ds_config: dict, layout: Layout, context: runner.Conte
         runner.logger.info("train: asked to stop; a checkpoint is saved. Start again to go on.")
         return EXIT_REQUEUE
     if context.group.is_main:
-        write_train_manifest(recipe, index, labels)
+        write_train_manifest(recipe, inputs)
     runner.logger.info("train: done")
     return 0
-
-
-def run_inputs(index: ShardIndex, labels: LabelStore) -> dict[str, str]:
-    """Fingerprints of what a run is trained on."""
-    return {"index": index.manifest.fingerprint, "labels": labels.manifest.fingerprint}
-
-
-def is_done(recipe: Recipe, index: ShardIndex, labels: LabelStore) -> bool:
-    """Whether the run is finished, on the same inputs. Its recipe was compared by `claim_folder`.
-
-    UserError when its last checkpoint is gone: checkpoint.json is compared by checksum, its files by size.
-    """
-    out = recipe.train.out
-    if not (out / MANIFEST_NAME).exists():
-        return False
-    manifest = read_manifest(out, TrainManifest, "train")
-    if manifest.inputs != run_inputs(index, labels):
-        return False
-    fix = f"Put it back, or remove {out / MANIFEST_NAME} to train again from the newest checkpoint."
-    for name, record in manifest.files.items():
-        check_record(out / name, record, fix)
-        folder = (out / name).parent
-        if missing := missing_file(folder, read_checkpoint(folder)):
-            raise UserError(f"{missing} is missing or was cut, though the run is finished. {fix}")
-    return True
-
-
-def write_train_manifest(recipe: Recipe, index: ShardIndex, labels: LabelStore) -> None:
-    """The last thing of a run: it is finished, and this is its final checkpoint."""
-    last = checkpoint_folders(recipe.train.out)[-1] / CHECKPOINT_NAME
-    manifest = TrainManifest(
-        stage="train",
-        parameters=recipe.model_dump(mode="json"),
-        inputs=run_inputs(index, labels),
-        files={str(last.relative_to(recipe.train.out)): record_of(last)},
-        versions=library_versions(),
-        step=recipe.train.steps,
-    )
-    write_manifest(recipe.train.out, manifest)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,9 +19,9 @@ from shard_maker import DEMO_SHARDS, encode, picture
 
 from mlcd_ds.data import reference
 from mlcd_ds.data.colors import random_colors
-from mlcd_ds.data.crops import center_boxes, random_boxes
+from mlcd_ds.data.crops import random_boxes
 from mlcd_ds.data.dali import EncodedBatch, ImageDecoder, decoded_sizes
-from mlcd_ds.data.pixels import PixelFormat, clip_pixels
+from mlcd_ds.data.pixels import PixelFormat, center_square, clip_pixels
 from mlcd_ds.errors import UserError
 
 MAX_DIFFERENCE = 1.0
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 def grey_levels(size: int) -> PixelFormat:
     """Not normalised."""
-    return PixelFormat(size, (0.0,) * 3, (1.0,) * 3)
+    return center_square(size, (0.0,) * 3, (1.0,) * 3)
 
 
 def by_dali(batch: EncodedBatch, pixels: PixelFormat) -> torch.Tensor:
@@ -57,7 +57,11 @@ def sizes_of(images: list[bytes]) -> np.ndarray:
 
 
 def centred(images: list[bytes]) -> EncodedBatch:
-    return EncodedBatch(images, center_boxes(sizes_of(images)), np.zeros(len(images), np.int32))
+    """The largest square in the middle of each."""
+    sizes_N2 = sizes_of(images)
+    side_N1 = sizes_N2.min(axis=1, keepdims=True)
+    boxes_N4 = np.hstack([(sizes_N2 - side_N1) // 2, side_N1, side_N1]).astype(np.int32)
+    return EncodedBatch(images, boxes_N4, np.zeros(len(images), np.int32))
 
 
 def augmented(images: list[bytes], seed: int = 0) -> EncodedBatch:

@@ -19,17 +19,17 @@ from shard_maker import (
 )
 
 from mlcd_ds.data import reference
-from mlcd_ds.data.crops import center_boxes, random_boxes
+from mlcd_ds.data.crops import random_boxes
 from mlcd_ds.data.dali import EncodedBatch
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.loader import AugmentConfig, LabelledBatch, StreamSlice, TrainLoader
 from mlcd_ds.data.order import SampleOrder, mix64, uniforms
-from mlcd_ds.data.pixels import PixelFormat, clip_pixels
+from mlcd_ds.data.pixels import PixelFormat, center_square, clip_pixels
 from mlcd_ds.data.shard_index import ShardIndex
 
 NUM_STREAMS = 12
 PER_STREAM_STEP = 4  # samples of a stream in an optimizer step
-GREY_LEVELS = PixelFormat(8, (0.0,) * 3, (1.0,) * 3)
+GREY_LEVELS = center_square(8, (0.0,) * 3, (1.0,) * 3)
 AREA, ASPECT = (0.4, 1.0), (0.75, 1.3333)
 
 
@@ -193,12 +193,6 @@ def test_crops_lie_inside_images_of_any_size(area: tuple[float, float], aspect: 
     sizes = np.array(SIZES * 200, dtype=np.int32)
     boxes, _ = random_boxes(sizes, np.arange(len(sizes)), 0, 0, area, aspect)
     assert_inside(boxes, sizes)
-    assert_inside(center_boxes(sizes), sizes)
-
-
-def test_center_boxes_are_centred_squares() -> None:
-    sizes = np.array([(100, 100), (101, 60), (5, 8)], np.int32)
-    assert center_boxes(sizes).tolist() == [[0, 0, 100, 100], [20, 0, 60, 60], [0, 1, 5, 5]]
 
 
 def test_crops_have_the_promised_distribution() -> None:
@@ -356,7 +350,7 @@ def test_micro_batches_make_up_the_same_step(painted: PaintedShards) -> None:
 
 
 def test_starting_at_step_k_is_the_tail_of_starting_at_zero(painted: PaintedShards) -> None:
-    pixels = PixelFormat(24, (100.0, 110.0, 120.0), (60.0, 61.0, 62.0))
+    pixels = center_square(24, (100.0, 110.0, 120.0), (60.0, 61.0, 62.0))
     whole = load(painted, slice_of(1, 2, 2), 0, 14, pixels)
     for first_step in (1, 3, 6):
         tail = load(painted, slice_of(1, 2, 2), first_step, 2, pixels)

@@ -75,7 +75,7 @@ def child(out: Path, point: int, report: int) -> None:
         head.grad_LE.fill_(1)
         head.touched_L.fill_(1)
         optimizer.step(recipe.optimizer.lr)
-        checkpointer = Checkpointer(recipe, Layout(1, 1, 1), engine, head, optimizer, group, {})
+        checkpointer = Checkpointer(recipe, Layout(1, 1, 1), engine, head, optimizer, group, {}, config)
         step = checkpointer.resume()
         os.write(report, f"{point} {step} ".encode())
         left = point

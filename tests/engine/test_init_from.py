@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from distributed_harness import TinyData
 from safetensors.torch import save_file
 
-from mlcd_ds.engine.weights import load_released
+from mlcd_ds.artefacts.files import record_of, write_json
+from mlcd_ds.config import Recipe, dump_recipe, load_recipe
+from mlcd_ds.data.label_store import LabelStore
+from mlcd_ds.data.shard_index import ShardIndex
+from mlcd_ds.distributed.collectives import Group
+from mlcd_ds.engine.init_from import Start, find_start, load_released
+from mlcd_ds.engine.weights import BACKBONE_NAME, CHECKPOINT_NAME, CONFIG_NAME, CheckpointManifest
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.convert import to_vision_model, vision_config
 from mlcd_ds.models.positions import resize_positions
@@ -78,3 +87,144 @@ def test_what_does_not_fit_is_named(released: tuple[Path, ViT], tmp_path: Path) 
     (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:100])
     with pytest.raises(UserError, match=r"broken/model.safetensors cannot be read: .* train.init_from takes"):
         load_released(broken, make_model(CONFIG, 2))
+
+
+# --- from a run
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[Group]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Group(dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def labels(tiny_data: TinyData) -> LabelStore:
+    return LabelStore(tiny_data.labels, ShardIndex(tiny_data.index))
+
+
+def recipe_of(out: Path, config: ViTConfig, *overrides: str) -> Recipe:
+    return load_recipe("demo", (f"train.out={out}", f"model={json.dumps(config.model_dump())}", *overrides))
+
+
+def make_run(out: Path, config: ViTConfig, labels: LabelStore, steps: tuple[int, ...] = (5,)) -> dict[int, ViT]:
+    """A run's folder with a backbone a checkpoint, by step."""
+    recipe, models = recipe_of(out, config), {}
+    for step in steps:
+        models[step], folder = make_model(config, step), out / f"checkpoints/step_{step:08d}"
+        folder.mkdir(parents=True)
+        save_file(models[step].state_dict(), folder / BACKBONE_NAME)
+        manifest = CheckpointManifest(
+            step=step,
+            num_ranks=1,
+            zero_stage=1,
+            num_classes=labels.num_centers,
+            inputs={"clusters": labels.manifest.inputs["clusters"], "labels": "of other images"},
+            recipe=recipe.model_dump(mode="json"),
+            files={BACKBONE_NAME: record_of(folder / BACKBONE_NAME)},
+            versions={},
+            git_commit=None,
+        )
+        write_json(folder / CHECKPOINT_NAME, manifest.model_dump(mode="json"))
+    out.mkdir(exist_ok=True)
+    (out / CONFIG_NAME).write_text(dump_recipe(recipe))
+    return models
+
+
+def start_of(out: Path, given: Path, config: ViTConfig, labels: LabelStore, group: Group) -> Start | None:
+    return find_start(recipe_of(out, config, f"train.init_from={given}"), labels, group)
+
+
+def test_a_run_starts_from_its_newest_checkpoint_or_the_one_that_is_named(
+    tmp_path: Path, labels: LabelStore, group: Group
+) -> None:
+    models = make_run(tmp_path / "run", CONFIG, labels, steps=(5, 9))
+    for folder, step in ((tmp_path / "run", 9), (tmp_path / "run/checkpoints/step_00000005", 5)):
+        start = start_of(tmp_path / "new", folder, CONFIG, labels, group)
+        assert start and start.checkpoint and start.checkpoint.step == step
+        started = make_model(CONFIG, 2)
+        assert start.fill_backbone(started) == ["the backbone"]
+        for name, weight in models[step].state_dict().items():
+            assert torch.equal(started.state_dict()[name], weight), name
+    own = start_of(tmp_path / "run", tmp_path / "run", CONFIG, labels, group)
+    assert own is None, "a run goes on from its own checkpoints"
+
+
+def test_a_run_at_another_resolution_keeps_its_projection(tmp_path: Path, labels: LabelStore, group: Group) -> None:
+    model = make_run(tmp_path / "run", CONFIG, labels)[5]
+    config = CONFIG.model_copy(update={"image_size": 48, "num_registers": 2})
+    start, started = start_of(tmp_path / "new", tmp_path / "run", config, labels, group), make_model(config, 2)
+    notes = ["the backbone", "positions resized from 32 to 48 px", "the registers start at random"]
+    assert start and start.fill_backbone(started) == notes
+    assert torch.equal(started.projection.weight, model.projection.weight)
+    positions = model.embeddings.position_embedding.weight
+    assert torch.equal(started.embeddings.position_embedding.weight, resize_positions(positions, 36))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"embed_dim": 8}, r"step_00000005 has an embedding of 16, model.embed_dim is 8: take that, or .*export"),
+        ({"width": 64}, r"step_00000005 has width 32, model.width is 64"),
+        ({"num_registers": 1}, r"has num_registers 2, model.num_registers is 1"),
+    ],
+)
+def test_a_run_of_another_shape_is_named(
+    tmp_path: Path, labels: LabelStore, group: Group, changed: dict, message: str
+) -> None:
+    config = CONFIG.model_copy(update={"num_registers": 2})
+    make_run(tmp_path / "run", config, labels)
+    assert start_of(tmp_path / "new", tmp_path / "run", config, labels, group)
+    with pytest.raises(UserError, match=message):
+        start_of(tmp_path / "new", tmp_path / "run", config.model_copy(update=changed), labels, group)
+
+
+def test_a_damaged_backbone_is_named(tmp_path: Path, labels: LabelStore, group: Group) -> None:
+    make_run(tmp_path / "run", CONFIG, labels)
+    path = tmp_path / "run/checkpoints/step_00000005" / BACKBONE_NAME
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    start = start_of(tmp_path / "new", tmp_path / "run", CONFIG, labels, group)
+    with pytest.raises(UserError, match=str(path)):
+        assert start and start.fill_backbone(make_model(CONFIG, 2))
+
+
+def test_a_run_without_a_checkpoint_is_named(tmp_path: Path, labels: LabelStore, group: Group) -> None:
+    make_run(tmp_path / "run", CONFIG, labels, steps=())
+    with pytest.raises(UserError, match=r"run has no whole checkpoint yet"):
+        start_of(tmp_path / "new", tmp_path / "run", CONFIG, labels, group)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "inputs", "message"),
+    [
+        (25, {"clusters": "OURS", "labels": "others"}, None),
+        (25, {"labels": "OURS"}, None),
+        (24, {"clusters": "OURS"}, r"has 24 centres, \S+/labels names 25. Give labels of its clusters"),
+        (25, {"clusters": "others", "labels": "OURS"}, r"other clusters than those of \S+/labels. Give labels of its"),
+        (25, {"labels": "others"}, r"other clusters than those of"),
+    ],
+)
+def test_the_labels_of_the_new_run_name_the_same_clusters(
+    tmp_path: Path, labels: LabelStore, group: Group, num_classes: int, inputs: dict[str, str], message: str | None
+) -> None:
+    make_run(tmp_path / "run", CONFIG, labels)
+    ours = {"clusters": labels.manifest.inputs["clusters"], "labels": labels.manifest.fingerprint}
+    inputs = {role: ours[role] if value == "OURS" else value for role, value in inputs.items()}
+    path = tmp_path / "run/checkpoints/step_00000005" / CHECKPOINT_NAME
+    write_json(path, json.loads(path.read_text()) | {"num_classes": num_classes, "inputs": inputs})
+    if message is None:
+        assert start_of(tmp_path / "new", tmp_path / "run", CONFIG, labels, group)
+    else:
+        with pytest.raises(UserError, match=message):
+            start_of(tmp_path / "new", tmp_path / "run", CONFIG, labels, group)
+
+
+def test_a_hugging_face_folder_has_no_head(
+    released: tuple[Path, ViT], tmp_path: Path, labels: LabelStore, group: Group
+) -> None:
+    start = start_of(tmp_path / "new", released[0], CONFIG, labels, group)
+    assert start and start.checkpoint is None
+    assert start.fill_backbone(make_model(CONFIG, 2)) == ["the backbone"]

@@ -23,11 +23,11 @@ from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.ds_config import read_ds_config
 from mlcd_ds.distributed.engine_state import EngineState
+from mlcd_ds.engine.engine_config import read_layout, resolve_ds_config
 from mlcd_ds.engine.layout import Layout, check_layout, plan_batches
 from mlcd_ds.engine.tensor_parallel import gather_full
 from mlcd_ds.engine.trainer import Trainer
 from mlcd_ds.errors import UserError
-from mlcd_ds.stages.train import read_layout, resolve_ds_config
 
 NUM_STEPS = 5
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"

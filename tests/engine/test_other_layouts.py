@@ -20,9 +20,9 @@ from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.engine_state import EngineState
+from mlcd_ds.engine.engine_config import resolve_ds_config
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.trainer import Trainer
-from mlcd_ds.stages.train import resolve_ds_config
 
 TOLERANCE, MUON_TOLERANCE = 2e-6, 5e-4  # as in test_layouts.py
 # Ranks, ranks of a tensor-parallel group, the ZeRO stage of each of four chains, steps done at its end.

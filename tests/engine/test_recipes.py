@@ -21,24 +21,23 @@ from mlcd_ds.config import (
     load_recipe,
     parse_recipe,
     recipe_names,
-    with_precision,
 )
 from mlcd_ds.distributed.ds_config import (
     ELSEWHERE,
     check_zero_section,
     fill_ds_config,
     read_ds_config,
-    stated_precision,
     tensor_parallel_size,
 )
+from mlcd_ds.engine.engine_config import resolve_ds_config
 from mlcd_ds.engine.hardware import GPUS, gpu_named
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.optimizer import backbone_optimizer, set_learning_rate
 from mlcd_ds.engine.phases import Phase, phase_at, phases
+from mlcd_ds.engine.precision import decide_precision, head_config
 from mlcd_ds.engine.schedule import learning_rate
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.vit import ViT, ViTConfig
-from mlcd_ds.stages.train import resolve_ds_config
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 MODEL = {"image_size": 32, "patch_size": 16, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64, "embed_dim": 16}
@@ -84,6 +83,8 @@ def test_constant_schedule_and_cooldown() -> None:
     assert rates[90] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5)) and rates[100] == pytest.approx(0.2)
     longer = [learning_rate(step, 201, config) for step in range(181)]
     assert longer[:81] == rates[:81] and longer[180] == 2.0, "a longer run begins as the shorter one does"
+    without = OptimizerConfig(lr=2.0, warmup_steps=10, schedule="constant")
+    assert {learning_rate(step, 101, without) for step in range(9, 101)} == {2.0}, "to the last step"
 
 
 # --- optimizer groups
@@ -375,10 +376,14 @@ def test_changed_keys_are_dotted() -> None:
     ],
 )
 def test_precision_auto_follows_the_deepspeed_file(config: dict, precision: str) -> None:
-    assert stated_precision(config, Path("ds.json")) == precision
     recipe = load_recipe("demo")
-    assert recipe.train.precision == "auto" and with_precision(recipe, precision).train.precision == precision
-    assert with_precision(load_recipe("vit_l_14"), "fp32").train.precision == "bf16", "what is said stays"
+    assert recipe.train.precision == "auto"
+    decided = decide_precision(recipe, config, Path("ds.json"))
+    assert decided.train.precision == precision and changed_keys(recipe, decided) == ["train.precision"]
+    assert head_config(decided, torch.device("cpu")).precision == ("fp32" if precision == "fp32" else "bf16")
+    stated = load_recipe("vit_l_14", ("head.precision=fp32",))
+    assert decide_precision(stated, config, Path("ds.json")) == stated, "what is said stays"
+    assert head_config(stated, torch.device("cpu")).precision == "fp32"
 
 
 @pytest.mark.parametrize(

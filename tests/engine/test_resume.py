@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from distributed_harness import TinyData, quiet_environment
-from training_runs import DS_CONFIG, Training, checkpoints, curves, final_bytes, metrics, start, write_recipe
+from training_runs import DS_CONFIG, Training, assert_same_end, checkpoints, final_bytes, metrics, start, write_recipe
 
 from mlcd_ds.engine.weights import load_backbone
 
@@ -67,14 +66,6 @@ def copy(stopped: Training, bench: Bench, request: pytest.FixtureRequest) -> str
     name = request.node.name
     shutil.copytree(stopped.out, bench.folder / name)
     return name
-
-
-def assert_same_end(got: Path, expected: Path) -> None:
-    assert torch.equal(curves(got), curves(expected)), "logged losses"
-    got_files, expected_files = final_bytes(got), final_bytes(expected)
-    assert got_files.keys() == expected_files.keys()
-    for name, content in expected_files.items():
-        assert got_files[name] == content, name
 
 
 def test_a_run_killed_three_times_ends_as_if_nothing_had_happened(bench: Bench, uninterrupted: Path) -> None:

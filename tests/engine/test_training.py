@@ -104,7 +104,7 @@ def test_a_run_starts_from_an_export(tiny_data: TinyData, finished: Callable[[st
     assert len(backbone) > 20
     for name, weight in backbone.items():
         assert torch.allclose(after[name], weight, atol=1e-6), name
-    assert "the backbone starts from" in training.text
+    assert f"train: starts from {tmp_path}/export; the backbone\n" in training.text
 
 
 def test_more_labels_than_there_are_is_refused(tiny_data: TinyData, tmp_path: Path) -> None:

@@ -182,3 +182,12 @@ def final_bytes(out: Path) -> dict[str, bytes]:
     """Content of the newest checkpoint's weight files."""
     newest = checkpoints(out)[-1]
     return {f"{newest.name}/{path.name}": path.read_bytes() for path in sorted(newest.glob("*.safetensors"))}
+
+
+def assert_same_end(got: Path, expected: Path) -> None:
+    """Logged curves and the newest checkpoint's weight files are equal, bit for bit."""
+    assert torch.equal(curves(got), curves(expected)), "logged losses"
+    got_files, expected_files = final_bytes(got), final_bytes(expected)
+    assert got_files.keys() == expected_files.keys()
+    for name, content in expected_files.items():
+        assert got_files[name] == content, name

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from distributed_harness import assert_close, assert_differs, run_ranks
 from torch import Tensor
 
+from mlcd_ds.config import load_recipe
 from mlcd_ds.distributed.collectives import Group
+from mlcd_ds.engine.precision import head_config
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads import negatives
 from mlcd_ds.heads.centers import Centers
@@ -135,7 +137,7 @@ def test_auto_takes_what_the_gpu_can(
     capability: tuple[int, int], backbone: str, precision: str, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    config = HeadConfig().with_precision(backbone, GPU)
+    config = head_config(load_recipe("vit_l_14", (f"train.precision={backbone}",)), GPU)
     block = choose_exp_block(config.kernel, Matmul(config.precision == "bf16", "cuda"), GPU)
     assert (config.precision, isinstance(block, TorchExpBlock)) == (precision, kernel == "torch")
 
@@ -143,7 +145,7 @@ def test_auto_takes_what_the_gpu_can(
 def test_what_a_gpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     with pytest.raises(UserError, match=r"head.precision bf16 needs a GPU with bf16.*head.precision=fp32"):
-        HeadConfig(precision="bf16").with_precision("fp16", GPU)
+        head_config(load_recipe("vit_l_14", ("head.precision=bf16",)), GPU)
     if HAS_TRITON:
         with pytest.raises(UserError, match=r"head.kernel triton needs a GPU, Ampere"):
             choose_exp_block("triton", Matmul(False, "cuda"), GPU)

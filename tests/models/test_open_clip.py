@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mlcd_ds.models.open_clip import from_open_clip, open_clip_config, to_open_clip
+from mlcd_ds.models.open_clip import from_open_clip, open_clip_config, placeholder_text_tower, to_open_clip
 from mlcd_ds.models.vit import ViT, ViTConfig
 
+DATA = Path(__file__).parent / "data"
 CONFIG = ViTConfig(image_size=32, patch_size=8, width=48, depth=2, heads=4, mlp_width=96, embed_dim=20)
 
 
@@ -26,7 +29,7 @@ def model() -> ViT:
 
 
 def test_the_features_are_open_clips() -> None:
-    tower = load_file(Path(__file__).parent / "data/open_clip_tower.safetensors")
+    tower = load_file(DATA / "open_clip_tower.safetensors")
     images, features = tower.pop("images"), tower.pop("features")
     config = CONFIG.model_copy(update={"width": 32, "mlp_width": 64})
     model = ViT(config)
@@ -44,9 +47,35 @@ def test_there_and_back(model: ViT) -> None:
     text = {"logit_scale": torch.ones(()), "transformer.resblocks.0.ln_1.bias": torch.ones(3)}
     again = from_open_clip(to_open_clip(state, CONFIG) | text, CONFIG)
     assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
-    config = open_clip_config(CONFIG)
-    assert config["embed_dim"] == 20 and config["quick_gelu"] is True
-    assert config["vision_cfg"]["layers"] == 2 and config["vision_cfg"]["head_width"] == 12
+
+
+def test_open_clip_loads_what_is_exported() -> None:
+    """open_clip loads strictly: the same names and shapes. Its features are those of our tower, epsilon included."""
+    path = DATA / "open_clip_loaded.safetensors"
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    config, stored = ViTConfig.model_validate_json(header["config"]), load_file(path)
+    images, features = stored.pop("images"), stored.pop("features")
+    model = ViT(config)
+    model.load_state_dict(from_open_clip(stored, config))
+    written = to_open_clip(model.state_dict(), config) | placeholder_text_tower(config.embed_dim)
+    assert {name: list(tensor.shape) for name, tensor in written.items()} == json.loads(header["shapes"])
+    assert not any(tensor.any() for tensor in placeholder_text_tower(20).values())
+    assert (model(images) - features).abs().max() < 1e-5  # measured 1e-6
+    twin = ViT(config.model_copy(update={"norm_eps": 1e-5}))  # what was exported once
+    twin.load_state_dict(model.state_dict())
+    assert (twin(images) - features).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("width", [36, 48, 384, 768, 1024, 1664])
+def test_the_config_gives_the_same_shape(width: int) -> None:
+    for mlp_width in (width - 1, width * 4, width * 4 + 1, 8192, 85):
+        config = CONFIG.model_copy(update={"width": width, "mlp_width": mlp_width})
+        written = open_clip_config(config)
+        assert int(width * written["vision_cfg"]["mlp_ratio"]) == mlp_width  # as open_clip computes it
+        assert width // written["vision_cfg"]["head_width"] == config.heads
+    assert written["embed_dim"] == 20 and written["quick_gelu"] is True
+    assert written["vision_cfg"]["layers"] == 2 and written["vision_cfg"]["norm_kwargs"] == {"eps": config.norm_eps}
 
 
 def test_what_does_not_fit_is_named(model: ViT) -> None:

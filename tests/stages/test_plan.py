@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlcd_ds.config import load_recipe, with_precision
+from mlcd_ds.config import load_recipe
 from mlcd_ds.distributed.ds_config import ZeroBuffers, zero_buffers
 from mlcd_ds.engine.activations import Activations, count_kept_bytes
 from mlcd_ds.engine.hardware import GPUS
@@ -188,7 +188,7 @@ TRAFFIC = [
 def test_what_travels_in_a_step(
     stage: int, tensor_parallel: int, num_micro_batches: int, expected: dict[str, float]
 ) -> None:
-    recipe = with_precision(load_recipe("vit_l_14"), "bf16")
+    recipe = load_recipe("vit_l_14")
     sent = traffic(recipe, Layout(4, tensor_parallel, stage), 10**6, num_micro_batches, 10, 257, 4, True)
     images, dim, labels = 40, 768, 8
     # Embeddings in bf16, their gradient in fp32, labels, and sums and cosines there and back.
@@ -208,7 +208,7 @@ def test_a_step_waits_for_what_computing_does_not_hide() -> None:
 
 
 def test_tensor_parallel_sums_stay_within_a_node() -> None:
-    recipe = with_precision(load_recipe("vit_l_14"), "bf16")
+    recipe = load_recipe("vit_l_14")
     sent = traffic(recipe, Layout(8, 2, 1), 10**6, 1, 10, 257, 4, True)
     assert sent.within_node == 4 * 24 * 2 * 0.5 * 10 * 257 * 1024 * 2  # four sums a layer of tokens x width in bf16
 

@@ -17,8 +17,7 @@ from mlcd_ds.artefacts.manifest import MANIFEST_NAME, Manifest, read_manifest
 from mlcd_ds.cli import STAGES as ALL_STAGES
 from mlcd_ds.clustering.embedding_store import EmbeddingManifest
 from mlcd_ds.data import reference
-from mlcd_ds.data.crops import center_boxes
-from mlcd_ds.data.dali import EncodedBatch
+from mlcd_ds.data.dali import WholeImages
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
 from mlcd_ds.encoders.base import Encoder
 from mlcd_ds.encoders.registry import load_encoder
@@ -170,11 +169,11 @@ def test_embeddings_are_the_encoders_of_the_very_images(finished: Path) -> None:
     for number in range(3):
         table = index.samples(number)
         images = [reader.read(number, table.image, row) for row in range(len(table.keys))]
-        batch = EncodedBatch(images, center_boxes(table.sizes_N2), np.zeros(len(images), np.int32))
-        wanted = torch.nn.functional.normalize(reference.load(batch, encoder.pixels).flatten(1), dim=1).numpy()
+        batch = WholeImages(images, table.sizes_N2)
+        wanted = torch.nn.functional.normalize(reference.load_whole(batch, encoder.pixels).flatten(1), dim=1).numpy()
         got = np.load(finished / "embed" / f"{number}.npy")
         assert got.dtype == np.float16 and np.allclose(np.linalg.norm(got.astype(float), axis=1), 1, atol=1e-3)
-        assert np.abs(got - wanted).max() < 0.03  # a grey level (measured: 0.019), and fp16
+        assert np.abs(got - wanted).max() < 0.05  # two grey levels (measured: 0.032): each pass rounds; and fp16
         assert np.abs(np.roll(got, 1, axis=0) - wanted).max() > 0.1  # known-bad twin
     reader.close()
 
