@@ -179,7 +179,9 @@ def test_auto_is_faiss_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(faiss, "StandardGpuResources")
     assert resolve_assigner("auto", gpu, False) == "torch"
     assert describe_assigner("auto", gpu, False) == ('torch, fp32 (no faiss here for cuda: pip install "mlcd_ds[gpu]")')
-    assert resolve_assigner("auto", gpu, True) == ("triton" if HAS_TRITON else "torch")
+    for capability, name in (((8, 0), "triton" if HAS_TRITON else "torch"), ((7, 0), "torch")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert resolve_assigner("auto", gpu, True) == name
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert resolve_assigner("auto", CPU, False) == resolve_assigner("auto", gpu, True) == "torch"
 

@@ -112,7 +112,7 @@ def test_a_row_that_is_not_finite_is_named(
     write_embeddings(tmp_path / "embeddings", shards)
     arguments = ["--embeddings", folders[0], "--clusters", folders[1], "--out", folders[2], "--assigner", assigner]
     assert assign.main(arguments) == 2
-    assert "00001.npy row 7 is not finite" in capsys.readouterr().err + caplog.text
+    assert "00001.npy row 7 has NaN or infinity" in capsys.readouterr().err + caplog.text
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
