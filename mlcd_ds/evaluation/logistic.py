@@ -50,8 +50,13 @@ def fit_logistic(
     minimum, and says so in `is_converged`.
     """
     problem = _Problem(features_ND, labels_N, num_classes, l2)
-    theta_CE = problem.start() if start is None else torch.cat([start.weight_CD, start.bias_C[:, None]], dim=1)
+    theta_CE = problem.start()
     objective, grad_CE, probs_NC = problem.at(theta_CE)
+    if start is not None:
+        warm_CE = torch.cat([start.weight_CD, start.bias_C[:, None]], dim=1)
+        warm = problem.at(warm_CE)
+        if warm[0] < objective:  # of other examples, at a weak l2, it may be worse than nothing
+            theta_CE, (objective, grad_CE, probs_NC) = warm_CE, warm
     iteration = 0
     while not (converged := problem.is_converged(objective, grad_CE, theta_CE, tolerance)):
         if iteration == max_iterations:

@@ -117,3 +117,13 @@ def test_features_that_say_nothing_and_absent_classes_converge() -> None:
     assert fit.logits(torch.zeros(1, 3, dtype=torch.float64)).softmax(1)[0, 2] < 1e-6
     with pytest.raises(ValueError, match="l2 0"):
         fit_logistic(torch.eye(2), torch.arange(2), 2, 0.0)
+
+
+def test_a_start_that_is_worse_than_none_is_not_taken() -> None:
+    """Where a Newton step from there overflows: examples that are told apart wrongly, and surely."""
+    features, labels = blobs(36, 4, 32, 1.0)
+    weight = 100 * torch.randn(4, 32, generator=torch.Generator().manual_seed(1)).double()
+    warm = LogisticFit(weight, weight.new_zeros(4), 0.0, 1, True)
+    plain = fit_logistic(features.double(), labels, 4, 1e-6)
+    fit = fit_logistic(features.double(), labels, 4, 1e-6, warm)
+    assert fit.is_converged and fit.objective == plain.objective
