@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from mlcd_ds.artefacts.typed import Frozen
 from mlcd_ds.errors import UserError
 
@@ -84,6 +86,11 @@ def seal_of(content: Mapping[str, Any]) -> str:
     """SHA-256 of all entries but "seal": the entry "seal" of a JSON file whose checksum stands nowhere else."""
     rest = {key: value for key, value in content.items() if key != "seal"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def write_array(path: Path, array: np.ndarray) -> FileRecord:
+    """Write a .npy file atomically."""
+    return write_atomic(path, lambda file: np.save(file, array))
 
 
 def write_json(path: Path, content: Any) -> FileRecord:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ class FaissGpuAssigner:
         return values_Bk.float(), nearest_Bk
 
 
-def _import_faiss():
+def _import_faiss() -> Any:
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
         # The OpenBLAS inside of faiss-cpu takes Intel's newer processors for one with SSE3, a quarter of their speed.
         os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")

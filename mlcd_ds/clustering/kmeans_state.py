@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -27,7 +28,8 @@ def save_state(path: Path, key: str, clustering: Clustering) -> None:
     arrays = {"centers": clustering.centers_CE.cpu().numpy(), "counts": clustering.counts_C}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     metadata = {"key": key, "history": json.dumps([dataclasses.asdict(i) for i in clustering.history])}
-    header, begin = {"__metadata__": {**metadata, "sha256": _digest(arrays, metadata)}}, 0
+    header: dict[str, Any] = {"__metadata__": {**metadata, "sha256": _digest(arrays, metadata)}}
+    begin = 0
     for name, array in arrays.items():
         kind = {"f4": "F32", "i8": "I64"}[array.dtype.str[1:]]
         offsets = [begin, begin + array.nbytes]
@@ -36,10 +38,10 @@ def save_state(path: Path, key: str, clustering: Clustering) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
 
-    def write(file) -> None:
+    def write(file: BinaryIO) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays.values():
-            file.write(memoryview(array).cast("B"))
+            file.write(array.data.cast("B"))
 
     write_atomic(path, write)
 
@@ -65,5 +67,5 @@ def load_state(path: Path, key: str) -> Clustering | None:
 def _digest(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in ("centers", "counts"):
-        digest.update(memoryview(np.ascontiguousarray(arrays[name])).cast("B"))
+        digest.update(np.ascontiguousarray(arrays[name]).data.cast("B"))
     return digest.hexdigest()

@@ -90,12 +90,14 @@ def process_group(launch: Launch, timeout_s: float = DEFAULT_TIMEOUT_S) -> Itera
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, "env://", rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    world = dist.group.WORLD
+    assert world is not None
     dist.all_reduce(torch.zeros(1))  # one that ends at once, on a bad option, would break the connecting of the others
     try:
-        yield Group(dist.group.WORLD)
+        yield Group(world)
     except BaseException:
         if launch.world_size == 1:  # among many, taking the group down would wait for ranks that wait for this one
             dist.destroy_process_group()
         raise
-    Group(dist.group.WORLD).barrier()  # a rank that leaves early would take the rendezvous away from the others
+    Group(world).barrier()  # a rank that leaves early would take the rendezvous away from the others
     dist.destroy_process_group()

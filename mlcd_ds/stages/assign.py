@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from mlcd_ds.artefacts.files import write_atomic
+from mlcd_ds.artefacts.files import write_array
 from mlcd_ds.artefacts.manifest import library_versions, read_manifest, write_manifest
 from mlcd_ds.clustering.assigner import AssignerName, Precision
 from mlcd_ds.clustering.center_store import CenterStore
@@ -105,10 +105,7 @@ def run(options: Options, context: runner.Context) -> None:
             assigner, rows_NE, options.num_labels, clusters.metric, options.threshold, context.device
         )
         arrays = {f"similarity/{name}.npy": similarity_NP, f"{name}.npy": labels_NP}
-        return {
-            file: write_atomic(options.out / file, lambda handle, array=array: np.save(handle, array))
-            for file, array in arrays.items()
-        }, {}
+        return {file: write_array(options.out / file, array) for file, array in arrays.items()}, {}
 
     key = work_key("assign", wanted.parameters, wanted.inputs)
     names = list(counts)
@@ -124,7 +121,7 @@ def run(options: Options, context: runner.Context) -> None:
     group.all_reduce_sum(num_labels)
     if group.is_main:
         files = {name: record for note in notes.values() for name, record in note.files.items()}
-        files["sizes.npy"] = write_atomic(options.out / "sizes.npy", lambda file: np.save(file, sizes_C.numpy()))
+        files["sizes.npy"] = write_array(options.out / "sizes.npy", sizes_C.numpy())
     group.barrier()
     write_report(context, options.out, notes, sizes_C.numpy(), wanted, clusters, index, options.label_key)
     if group.is_main:

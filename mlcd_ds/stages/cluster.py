@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt
 from tqdm import tqdm
 
-from mlcd_ds.artefacts.files import write_atomic
+from mlcd_ds.artefacts.files import write_array
 from mlcd_ds.artefacts.manifest import library_versions, write_manifest
 from mlcd_ds.clustering.assigner import Assigner, AssignerName, Metric, Precision
 from mlcd_ds.clustering.center_store import ClusterManifest
@@ -221,9 +221,7 @@ def finish(out: Path, wanted: ClusterManifest, result: Clustering, duplicates: n
     arrays = {"centers.npy": result.centers_CE.cpu().numpy()}
     if duplicates is not None:
         arrays["duplicates.npy"] = duplicates
-    files = {
-        name: write_atomic(out / name, lambda file, array=array: np.save(file, array)) for name, array in arrays.items()
-    }
+    files = {name: write_array(out / name, array) for name, array in arrays.items()}
     history = {
         "objective": result.objective,
         "num_splits": result.num_splits,

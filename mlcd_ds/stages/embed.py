@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from mlcd_ds.artefacts.files import write_atomic
+from mlcd_ds.artefacts.files import write_array
 from mlcd_ds.artefacts.manifest import library_versions, write_manifest
 from mlcd_ds.artefacts.typed import MAX_BATCH, MAX_THREADS
 from mlcd_ds.clustering.embedding_store import EmbeddingManifest
@@ -119,22 +119,23 @@ def run(options: Options, context: runner.Context) -> None:
         texts.network.to(context.device)
 
     def embed(shard: int) -> np.ndarray:
-        images_NE = embed_shard(encoder, decoder, index, shard) if options.features != "text" else None
-        texts_NE = embed_captions(texts, index, shard, options.batch_size) if texts else None
-        if images_NE is None:
-            bare = np.flatnonzero(~texts_NE.any(axis=1))
-            if len(bare):
-                raise UserError(
-                    f"{index.shards[shard].path}, key {index.samples(shard).keys[bare[0]]} has no caption: --features "
-                    "joint takes the image alone there."
-                )
-            return texts_NE
-        return images_NE if texts_NE is None else joined(images_NE, texts_NE)
+        if texts is None:
+            return embed_shard(encoder, decoder, index, shard)
+        texts_NE = embed_captions(texts, index, shard, options.batch_size)
+        if options.features == "joint":
+            return joined(embed_shard(encoder, decoder, index, shard), texts_NE)
+        bare = np.flatnonzero(~texts_NE.any(axis=1))
+        if len(bare):
+            raise UserError(
+                f"{index.shards[shard].path}, key {index.samples(shard).keys[bare[0]]} has no caption: --features "
+                "joint takes the image alone there."
+            )
+        return texts_NE
 
     def work(name: str) -> tuple[dict, dict]:
         emb_NE = embed(numbers[name])
         check_finite(emb_NE, encoder.name, index, numbers[name])
-        record = write_atomic(options.out / f"{name}.npy", lambda file: np.save(file, emb_NE))
+        record = write_array(options.out / f"{name}.npy", emb_NE)
         return {f"{name}.npy": record}, {"dim": emb_NE.shape[1]}
 
     key = work_key("embed", wanted.parameters, wanted.inputs)

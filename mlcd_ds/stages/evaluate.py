@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from mlcd_ds.artefacts.files import write_atomic, write_json
+from mlcd_ds.artefacts.files import write_array, write_atomic, write_json
 from mlcd_ds.artefacts.manifest import Manifest, library_versions, write_manifest
 from mlcd_ds.artefacts.readers import read_json
 from mlcd_ds.artefacts.typed import MAX_BATCH, MAX_THREADS
@@ -83,7 +83,7 @@ def compute_features(
                 blocks.append(encoder.encode(images_B3SS).float().cpu().numpy())
         rows_ND = np.concatenate(blocks)[labels_N >= 0]
         files = {f"{name}.npy": rows_ND, f"{name}.labels.npy": labels_N[labels_N >= 0]}
-        return {n: write_atomic(folder / n, lambda file, a=a: np.save(file, a)) for n, a in files.items()}, {}
+        return {n: write_array(folder / n, array) for n, array in files.items()}, {}
 
     key = work_key("evaluate", weights, encoder.pixels, index.manifest.fingerprint, options.label_key)
     keys = dict.fromkeys(numbers, key)

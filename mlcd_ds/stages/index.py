@@ -19,22 +19,21 @@ import stat
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from mlcd_ds.artefacts.files import FileRecord, write_atomic, write_json
+from mlcd_ds.artefacts.files import FileRecord, write_array, write_atomic, write_json
 from mlcd_ds.artefacts.manifest import library_versions, write_manifest
 from mlcd_ds.artefacts.readers import brief
 from mlcd_ds.artefacts.typed import MAX_THREADS
 from mlcd_ds.data.dali import decoded_sizes
 from mlcd_ds.data.shard_index import (
-    ENDINGS,
     TAR_BLOCK,
     IndexManifest,
     Member,
@@ -146,8 +145,8 @@ def read_samples(path: Path) -> Iterator[Sample]:
             add_member(sample, archive, info, extension)
         if sample is not None:
             yield sample
-        archive.fileobj.seek(archive.offset)  # type: ignore[union-attr]  # tarfile stops at a bad header as at the end
-        if archive.fileobj.read(TAR_BLOCK) != bytes(TAR_BLOCK):  # type: ignore[union-attr]
+        archive.fileobj.seek(archive.offset)  # tarfile stops at a bad header as at the end
+        if archive.fileobj.read(TAR_BLOCK) != bytes(TAR_BLOCK):
             raise tarfile.ReadError(f"neither a member nor the end of the archive at byte {archive.offset}")
 
 
@@ -252,14 +251,11 @@ def index_shard(
         return {}, {"unreadable": f"{path}: it was changed while it was read"}
     sizes_N2 = np.array(scan.sizes, dtype=np.int32).reshape(-1, 2)
     crc_N3 = np.array(scan.crcs, dtype=np.uint32).reshape(-1, 3)
-    writers: tuple[Callable[[BinaryIO], object], ...] = (
-        lambda file: file.write(format_idx(scan.usable)),
-        lambda file: np.save(file, sizes_N2),
-        lambda file: np.save(file, crc_N3),
-    )
+    folder = options.out
     files = {
-        f"{name}{ending}": write_atomic(options.out / f"{name}{ending}", write)
-        for ending, write in zip(ENDINGS, writers, strict=True)
+        f"{name}.idx": write_atomic(folder / f"{name}.idx", lambda file: file.write(format_idx(scan.usable))),
+        f"{name}.sizes.npy": write_array(folder / f"{name}.sizes.npy", sizes_N2),
+        f"{name}.crc32.npy": write_array(folder / f"{name}.crc32.npy", crc_N3),
     }
     summary = {"num_images": len(scan.usable), "num_captions": scan.num_captions, "dropped": scan.dropped}
     return files, {**summary, "bytes": stamp[0]}
