@@ -96,7 +96,7 @@ def test_the_average_is_evaluated_and_exported_by_name(monitored: Path, tmp_path
 
 
 def test_a_folder_without_an_average_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not the folder of a training run"):
+    with pytest.raises(UserError, match="comes the folder of a training run"):
         load_encoder(f"ema:{tmp_path}")
 
 
