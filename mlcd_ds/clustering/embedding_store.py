@@ -17,6 +17,8 @@ from mlcd_ds.artefacts.manifest import Manifest, output_array, output_path, read
 from mlcd_ds.artefacts.readers import read_array
 from mlcd_ds.clustering.row_sampling import Sample
 
+KEPT_BYTES = 64 * 2**20  # of a slice's rows in fp32
+
 
 class EmbeddingManifest(Manifest):
     """Manifest of `mlcd embed`. `shards` lists name and number of rows, in index order; empty shards have no file."""
@@ -69,6 +71,7 @@ class EmbeddingStore:
         self.begin, self.end = slice_bounds(self.num_rows, num_ranks, rank)
         self._pieces = list(self._open())
         self._excluded = np.zeros(0, dtype=np.int64)
+        self._kept: tuple[Tensor, Tensor] | None = None
         self._everything: tuple[list[Piece], np.ndarray] | None = None
 
     def _open(self) -> Iterator[Piece]:
@@ -83,8 +86,19 @@ class EmbeddingStore:
     def blocks(self, block_rows: int, sample: Sample | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The slice's rows in order, or those of a sample: global numbers int64 [B] and rows fp16 [B, E].
 
-        All blocks but the last have `block_rows` rows, however short the shards are.
+        All blocks but the last have `block_rows` rows, however short the shards are. A small slice that is one block is
+        read once and stays in memory, in fp32: there reading would take longer than k-means.
         """
+        num_rows = self.end - self.begin
+        if sample is None and 0 < num_rows <= block_rows and num_rows * self.dim * 4 <= KEPT_BYTES:
+            if self._kept is None:
+                found = list(self._read_blocks(block_rows, None))
+                self._kept = (found[0][0], found[0][1].float()) if found else None
+            yield from [self._kept] if self._kept else []
+        else:
+            yield from self._read_blocks(block_rows, sample)
+
+    def _read_blocks(self, block_rows: int, sample: Sample | None) -> Iterator[tuple[Tensor, Tensor]]:
         numbers: list[Tensor] = []
         rows: list[Tensor] = []
         missing = block_rows
@@ -113,7 +127,7 @@ class EmbeddingStore:
 
     def exclude(self, numbers: np.ndarray) -> None:
         """Leave rows out of `blocks` from now on: sorted global numbers of all ranks. `num_rows` is what is left."""
-        self._excluded = numbers
+        self._excluded, self._kept = numbers, None
         self.num_rows = self.manifest.num_images - len(numbers)
 
     def read(self, numbers_K: np.ndarray) -> Tensor:

@@ -16,6 +16,7 @@ from distributed_harness import assert_close, assert_differs, run_ranks
 from embeddings_maker import blobs, write_embeddings
 
 from mlcd_ds.artefacts.manifest import MANIFEST_NAME
+from mlcd_ds.clustering import embedding_store
 from mlcd_ds.clustering.center_store import CenterStore, ClusterManifest
 from mlcd_ds.clustering.kmeans import Clustering, Iteration
 from mlcd_ds.clustering.kmeans_state import STATE_NAME, load_state, save_state
@@ -51,6 +52,7 @@ def run(group: Group, options: Options, at: Callable[[str, tuple[Any, ...]], Non
 
 def run_and_die(group: Group, options: Options, victim: int, iteration: int) -> int:
     """One rank kills itself while it reads embeddings in an iteration (the first is 1) of this start."""
+    embedding_store.KEPT_BYTES = 0  # so that every iteration reads
     # Opened before: for its checksum, and for the first centres where there is no state.
     before = 1 + (0 if (options.out / STATE_NAME).exists() else OPENS)
     left = before + OPENS * (iteration - 1)
