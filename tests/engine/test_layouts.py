@@ -17,6 +17,7 @@ from distributed_harness import TinyData, assert_close, assert_differs, run_rank
 from torch import Tensor
 from training_runs import tiny_recipe
 
+import mlcd_ds.engine.trainer as trainer_module
 from mlcd_ds.config import Recipe, parse_recipe
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.shard_index import ShardIndex
@@ -24,6 +25,7 @@ from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.ds_config import read_ds_config
 from mlcd_ds.distributed.engine_state import engine_state
 from mlcd_ds.engine.engine_config import read_layout, resolve_ds_config
+from mlcd_ds.engine.gradients import GradientFactors
 from mlcd_ds.engine.layout import Layout, check_layout, plan_batches
 from mlcd_ds.engine.tensor_parallel import gather_full
 from mlcd_ds.engine.trainer import Trainer
@@ -142,11 +144,25 @@ def test_every_file_of_ours_has_run(tiny_data: TinyData) -> None:
     assert {path.name for path in DS_CONFIGS.glob("*.json")} == ran
 
 
-def test_another_batch_is_told_apart(tiny_data: TinyData) -> None:
-    """The known-bad twin: what a rank would see that took another's images, or a norm over one shard alone."""
-    curve = trained(1, 1, tiny_data)[0][0, 1, "fp32"][0]
-    assert_differs("steps in another order", curve[:, 0], curve.flip(0)[:, 0].clone(), CURVE_TOLERANCE)
-    assert_differs("averaged twice", curve[:, 1], curve[:, 1] / 2, BF16_TOLERANCE)
+def train_wrongly(group: Group, data: TinyData) -> dict[str, Tensor]:
+    """Two ranks whose gradients are averaged twice, and two that take the same images."""
+    os.environ.update(RANK=str(group.rank), WORLD_SIZE=str(group.size), LOCAL_RANK=str(group.rank))
+    recipe, layout, curves = make_recipe(data, 1, group.size), Layout(group.size, 1, 1), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GradientFactors, "of", lambda num_micro_batches, data_parallel: GradientFactors(1.0, 1.0))
+        curves["averaged twice"] = train(recipe, layout, group)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "plan_batches", lambda recipe, layout, rank: plan_batches(recipe, layout, 0))
+        curves["the same images"] = train(recipe, layout, group)[0]
+    return curves
+
+
+def test_wrong_factors_and_wrong_images_are_told_apart(tiny_data: TinyData) -> None:
+    """The known-bad twins."""
+    expected = trained(1, 1, tiny_data)[0][0, 1, "fp32"][0]
+    wrong = run_ranks(train_wrongly, 2, tiny_data)[0]
+    assert_differs("averaged twice", wrong["averaged twice"][:, 1], expected[:, 1], CURVE_TOLERANCE)
+    assert_differs("the same images", wrong["the same images"][:, 0], expected[:, 0], CURVE_TOLERANCE)
 
 
 def refusal(data: TinyData, layout: Layout, **train: object) -> str:

@@ -198,10 +198,16 @@ def test_state_of_any_number_of_ranks_is_read_by_any_other(
     assert_close("a step later", torch.cat([state["next"] for state in read]), torch.cat(continued), 1e-5)
 
 
-def test_known_bad_state_is_told_apart(saved: Path, by_ranks: dict) -> None:
+def test_files_under_each_others_names_are_told_apart(saved: Path, by_ranks: dict, tmp_path: Path) -> None:
+    """The known-bad twin: two ranks' states are exchanged. (A checkpoint's checksums would notice it before.)"""
+    shutil.copytree(saved, tmp_path / "saved")
+    one, other, _ = sorted((tmp_path / "saved" / "3").iterdir())
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
     written = [rank["state"] for rank in by_ranks[3]]
-    swapped = torch.cat([state["exp_avg"] for state in (written[1], written[0], written[2])])
-    assert not torch.equal(swapped, torch.cat([rank[3]["exp_avg"] for rank in loaded_by(2, saved)]))
+    read = [rank[3] for rank in loaded_by(1, tmp_path / "saved")]
+    assert not torch.equal(whole(written, "exp_avg"), whole(read, "exp_avg"))
 
 
 @dataclass(frozen=True)
