@@ -78,6 +78,8 @@ def test_the_keys_that_may_change_when_a_run_goes_on() -> None:
     always = ["description", "data.index", "data.labels", "data.clusters", "data.num_threads", "head.parallel_size"]
     always += [f"train.{key}" for key in ("out", "micro_batch_per_rank", "recompute", "compile")]
     always += [f"train.{key}" for key in ("checkpoint_every", "keep_checkpoints", "log_every")]
+    always += [f"train.{key}" for key in ("ema_decay", "knn_every", "milestone_every", "profile_steps")]
+    always += ["data.knn_index", "data.knn_label_key"]
     with_rates = ["optimizer.cooldown_steps", "train.steps"]
     assert {key for key, when in free_keys().items() if when == "always"} == set(always)
     assert {key for key, when in free_keys().items() if when == "rates"} == set(with_rates)
