@@ -112,7 +112,7 @@ def finished(out: Path, group: Group) -> Recipe:
 def test_a_finished_run_is_done_until_it_is_given_more_steps(
     tmp_path: Path, group: Group, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="mlcd_ds")
     recipe = finished(tmp_path, group)
     assert claim_folder(recipe, DS_FILE, INPUTS, group)
     assert claim_folder(make_recipe(tmp_path, 100, *CONSTANT, "train.log_every=7"), DS_FILE, INPUTS, group)
@@ -139,7 +139,7 @@ def test_a_finished_run_without_its_checkpoint_is_not_done(tmp_path: Path, group
 def test_another_deepspeed_file_is_told_in_one_line(
     tmp_path: Path, group: Group, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="mlcd_ds")
     recipe = make_recipe(tmp_path, 100)
     for _ in range(2):
         claim_folder(recipe, DS_FILE, INPUTS, group)
