@@ -257,7 +257,7 @@ def _rank(rank: int, port: int, num_ranks: int, is_fake: bool, work: Callable, a
 
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=80)
     else:
-        backend = "nccl" if DEVICE.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo"
         store = dist.TCPStore("127.0.0.1", port, num_ranks, is_master=rank == 0)
         dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
     result = work(Group(dist.group.WORLD), *args)

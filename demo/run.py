@@ -20,6 +20,7 @@ import torch
 
 from mlcd_ds.artefacts.files import write_json
 from mlcd_ds.evaluation.plots import comparison_plot
+from mlcd_ds.kernels.device import has_bf16
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -66,10 +67,10 @@ def pipeline(out: Path, overrides: list[str]) -> dict[str, dict]:
 def ds_config() -> str:
     """bf16 where the machine multiplies it faster than fp32, fp32 elsewhere."""
     if torch.cuda.is_available():
-        return "zero1_bf16.json"
+        return "zero1_bf16.json" if has_bf16(torch.device("cuda", 0)) else "zero1_fp16.json"
     cpu = Path("/proc/cpuinfo")
-    has_bf16 = cpu.exists() and re.search(r"\b(amx_bf16|avx512_bf16)\b", cpu.read_text())
-    return "zero1_bf16_cpu.json" if has_bf16 else "zero1_fp32_cpu.json"
+    is_fast = cpu.exists() and re.search(r"\b(amx_bf16|avx512_bf16)\b", cpu.read_text())
+    return "zero1_bf16_cpu.json" if is_fast else "zero1_fp32_cpu.json"
 
 
 def train(out: Path, overrides: list[str]) -> None:

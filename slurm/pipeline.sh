@@ -73,8 +73,8 @@ submit() {
         --nodes="$nodes" --ntasks-per-node="$tasks" --cpus-per-task="$MLCD_CPUS_PER_TASK" --gpus-per-node="$gpus"
         --time="$time"
     )
-    # Only training answers USR1; it would end another stage.
-    [[ $stage != train ]] || line+=(--signal="USR1@$MLCD_GRACE_S")
+    # Training and clustering answer USR1: they save, and are queued again. It would end another stage.
+    [[ $stage != train && $stage != cluster ]] || line+=(--signal="USR1@$MLCD_GRACE_S")
     [[ -z $MLCD_ACCOUNT ]] || line+=(--account="$MLCD_ACCOUNT")
     [[ -z $MLCD_PARTITION ]] || line+=(--partition="$MLCD_PARTITION")
     # shellcheck disable=SC2206  # options, split at blanks on purpose

@@ -7,7 +7,7 @@
 # Keep your own copy beside this one and select it with MLCD_SITE=path/to/site_mine.sh.
 
 # --- Where things are -------------------------------------------------------------------------------------------
-# The checkout. Jobs start here, so that `python -m mlcd_ds...` finds the package and relative paths mean the same in
+# The checkout. Jobs start here, so that `python -m mlcd_ds STAGE` finds the package and relative paths mean the same in
 # every job. Default: the folder that sbatch was called in.
 : "${MLCD_HOME:=${SLURM_SUBMIT_DIR:-$PWD}}"
 # A folder that ALL nodes see (Lustre, GPFS, NFS ...): every stage writes below it, and the next one reads it there.
@@ -64,7 +64,8 @@
 # --- Time limits, preemption and requeueing -------------------------------------------------------------------------
 # Slurm sends USR1 to every rank this many seconds before the time limit. The program then saves a checkpoint and
 # leaves with the status below, which means "not done, requeue me"; the job script does so. Slurm sends TERM instead
-# when the job is preempted. Make it longer than one step plus one checkpoint.
+# when the job is preempted. Make it longer than one step plus one checkpoint, and than
+# one iteration of the clustering.
 # (train_vit_l.sh says the same in its line `#SBATCH --signal`; Slurm rounds to the minute.)
 : "${MLCD_GRACE_S:=120}"
 : "${MLCD_REQUEUE_STATUS:=85}"

@@ -17,7 +17,7 @@ from mlcd_ds.artefacts.manifest import Manifest, output_array, output_path, read
 from mlcd_ds.artefacts.readers import read_array
 from mlcd_ds.clustering.row_sampling import Sample
 
-KEPT_BYTES = 64 * 2**20  # of a slice's rows in fp32
+KEPT_BYTES = 64 * 2**20  # of a slice's rows in fp32; not in the memory that `--dry-run` tells
 
 
 class EmbeddingManifest(Manifest):
@@ -129,6 +129,11 @@ class EmbeddingStore:
         """Leave rows out of `blocks` from now on: sorted global numbers of all ranks. `num_rows` is what is left."""
         self._excluded, self._kept = numbers, None
         self.num_rows = self.manifest.num_images - len(numbers)
+
+    def numbers(self, places_K: np.ndarray) -> np.ndarray:
+        """Global numbers int64 [K] of the rows at these places among those of all ranks that were not left out."""
+        kept_before = self._excluded - np.arange(len(self._excluded))  # of each row left out, those ahead of it
+        return places_K + np.searchsorted(kept_before, places_K, side="right")
 
     def read(self, numbers_K: np.ndarray) -> Tensor:
         """fp32 [K, E]: any rows, also those of other ranks' slices, which must lie on a shared disk."""

@@ -66,7 +66,7 @@ def first_centers(
 def random_centers(rows: Rows, group: Group, num_centers: int, metric: Metric, seed: int) -> Tensor:
     """`num_centers` different rows, drawn by the seed alone. Collective: one all-reduce of [C, E]."""
     chosen_K = np.random.default_rng(seed).choice(rows.num_rows, num_centers, replace=False, shuffle=False)
-    return gather_rows(rows, group, chosen_K, metric)
+    return gather_rows(rows, group, rows.numbers(chosen_K), metric)
 
 
 def gather_rows(rows: Rows, group: Group, numbers_K: np.ndarray, metric: Metric) -> Tensor:

@@ -36,6 +36,9 @@ class Rows(Protocol):
     def blocks(self, block_rows: int, sample: Sample | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's rows, or those in a sample: global numbers int64 [B], and rows [B, E] of any floating type."""
 
+    def numbers(self, places_K: np.ndarray) -> np.ndarray:
+        """Global numbers of the rows at these places among the `num_rows`: others where rows were left out."""
+
     def pick(self, numbers_K: np.ndarray) -> Tensor:
         """fp32 [K, E]: the given global rows where this rank has them, zero elsewhere."""
 

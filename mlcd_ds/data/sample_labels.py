@@ -20,18 +20,16 @@ def shard_labels(index: ShardIndex, shard: int, key: str) -> np.ndarray:
         for row, sample_key in enumerate(samples.keys):
             where = f"{index.shards[shard].path}, key {sample_key}"
             text = reader.read(shard, samples.metadata, row)
-            content = (
-                parse_json(text, f"{where}: its .json member", "Mend the shard and index it again.") if text else {}
-            )
+            content = parse_json(text, f"{where}: its .json member", FIX) if text else {}
             if not isinstance(content, dict):
-                raise UserError(f"{where}: its .json member is not a JSON object. Mend the shard and index it again.")
+                raise UserError(f"{where}: its .json member is not a JSON object. {FIX}")
             value = content.get(key)
             if value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_CLASSES:
                 raise UserError(
                     f"{where}: {key!r} is {str(value)[:50]!r}, not a class number from 0 to {MAX_CLASSES - 1}. Name "
-                    "another --label-key."
+                    "another key (--label-key, in training data.knn_label_key)."
                 )
             labels_N[row] = value
     finally:

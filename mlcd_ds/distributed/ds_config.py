@@ -38,6 +38,9 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     choose_accelerator()
     check_file(config, path)
     _refuse_auto(config.get("zero_optimization"), path, "zero_optimization")
+    for name in ("bf16", "fp16"):
+        if config.get(name, {}).get("check_grad_overflow") is False:
+            raise UserError(f"{path}: {name}.check_grad_overflow: {UNCHECKED}: leave it out.")
     return config
 
 
@@ -153,8 +156,6 @@ def stated_precision(config: dict[str, Any], path: Path) -> str:
     for name in ("bf16", "fp16"):
         section = config.get(name, {})
         _check_section(section, path, name)
-        if section.get("check_grad_overflow") is False:
-            raise UserError(f"{path}: {name}.check_grad_overflow: {UNCHECKED}: leave it out.")
         if section.get("enabled") in (True, "auto"):
             return name
     return "fp32"

@@ -45,6 +45,8 @@ def resolve_ds_config(
     config = fill_ds_config(config, path, values)
     config.setdefault("zero_optimization", {})["stage"] = layout.zero_stage
     if has_autocast:
+        if "torch_autocast" in config:
+            raise UserError(f"{path}: torch_autocast is not set here: in bf16 at ZeRO stage 0 it follows the recipe.")
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     if layout.tensor_parallel > 1:
         config["tensor_parallel"] = autotp_section(layout.tensor_parallel)

@@ -93,7 +93,7 @@ def find_start(recipe: Recipe, labels: LabelStore, group: Group) -> Start | None
     # All go by the first rank's view: a run that is still trained has other checkpoints a moment later.
     if folder is None or group.gather_objects(bool(checkpoint_folders(recipe.train.out)))[0]:
         return None
-    if (folder / CONFIG_NAME).exists():
+    if group.gather_objects((folder / CONFIG_NAME).exists())[0]:
         folder = group.gather_objects(newest_checkpoint(folder))[0]
     is_ours = (folder / CHECKPOINT_NAME).exists()
     start = Start(folder, read_checkpoint(folder) if is_ours else None, group)

@@ -59,7 +59,8 @@ def claim_folder(recipe: Recipe, ds_file: dict[str, Any], inputs: dict[str, str]
     out = recipe.train.out
     refuse_foreign_folder(out, "train", "train.out")
     if (out / CONFIG_NAME).exists():
-        _check_same_run(read_run_recipe(out), recipe)
+        if checkpoint_folders(out):  # before the first one nothing depends on the recipe that was there
+            _check_same_run(read_run_recipe(out), recipe)
         _tell_changes(out / DEEPSPEED_NAME, ds_file)
     finished_at = _finished_at(out, inputs)
     group.barrier()  # all have read what is written now

@@ -97,9 +97,9 @@ def log_data_pages(log: RunLog, index: ShardIndex, labels: LabelStore, recipe_ya
 
 def cluster_grid(index: ShardIndex, labels: LabelStore) -> np.ndarray:
     """uint8 [3, H, W]: a line of images for each of some clusters, taken from the first shards."""
-    num_shards = min(len(index.shards), 8)
-    found = [(shard, row) for shard in range(num_shards) for row in range(int(index.counts[shard]))]
-    nearest = np.concatenate([labels.shard(shard)[:, 0] for shard in range(num_shards) if index.counts[shard]])
+    shards = np.flatnonzero(index.counts)[:8].tolist()
+    found = [(shard, row) for shard in shards for row in range(int(index.counts[shard]))]
+    nearest = np.concatenate([labels.shard(shard)[:, 0] for shard in shards])
     centers, counts = np.unique(nearest, return_counts=True)
     by_size = centers[np.argsort(-counts, kind="stable")]
     shown = by_size[np.linspace(0, max(0, (counts >= MEMBERS_SHOWN).sum() - 1), CLUSTERS_SHOWN).astype(int)]

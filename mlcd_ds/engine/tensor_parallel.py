@@ -45,7 +45,7 @@ def gather_full(name: str, part: Tensor, group: Group | None) -> Tensor:
 
 
 def local_shard(name: str, tensor: Tensor, group: Group | None) -> Tensor:
-    """This rank's part of a whole parameter: what `whole` puts together."""
+    """This rank's part of a whole parameter: what `gather_full` puts together."""
     dim = split_dim(name)
     if group is None or dim is None:
         return tensor

@@ -225,8 +225,8 @@ class Trainer:
             return True
         finally:
             batches.close()
-            profiler.close()
             log.close()
+            profiler.close()
 
     @staticmethod
     def _check_loss(done: int, loss: float) -> None:

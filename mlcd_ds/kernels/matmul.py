@@ -1,4 +1,4 @@
-"""Matrix products of the head: rounded inputs where the head's precision says so, sums and results in fp32."""
+"""Matrix products of head and clustering: inputs rounded to bf16 where asked for, sums and results in fp32."""
 
 from __future__ import annotations
 

@@ -124,11 +124,15 @@ def cluster(options: Options, context: runner.Context, stop: StopRequest) -> int
         return 0
     state_path, key = options.out / STATE_NAME, state_key(options, wanted.inputs, len(rules.phases))
     start = None if options.overwrite else load_state(state_path, key)
-    if start is None or start.num_iterations > options.num_iterations:
+    is_new = start is None or start.num_iterations > options.num_iterations
+    # All go by the first rank's view: on a network file system another may not see the state yet.
+    if group.gather_objects(is_new)[0]:
         first_CE = first_centers(
             options.init, store, group, options.num_centers, options.metric, options.seed, make_assigner, device
         )
         start = Clustering(first_CE, np.zeros(options.num_centers, dtype=np.int64))
+    elif start is None:
+        raise UserError(f"{state_path} is not visible to rank {group.rank}: --out must be a shared folder.")
     bar = tqdm(
         total=options.num_iterations,
         initial=start.num_iterations,

@@ -146,6 +146,7 @@ def run(options: Options, context: runner.Context) -> None:
         compute_features(encoder, index, features / split, options, context, weights)
         for split, index in (("train", train), ("test", test))
     )
+    torch.set_float32_matmul_precision("highest")  # encoders may take TF32; what is measured with them does not
     if context.group.is_main:
         key, device = options.label_key, context.device
         train_ND, train_labels_N = read_features(train, features / "train", train_notes, key, device)
@@ -159,14 +160,28 @@ def run(options: Options, context: runner.Context) -> None:
             )
         if int(test_labels_M.max()) >= num_classes:
             raise UserError(f"{options.test_index} has label {int(test_labels_M.max())}, which no training image has.")
+        check_measurable(train_ND, train_labels_N, test_MD, options)
+        names = class_names(options, num_classes)
         ks = usable_ks(len(train_ND))
         knn = weighted_knn(train_ND, train_labels_N, test_MD, test_labels_M, num_classes, ks)
         generator = torch.Generator().manual_seed(options.seed)
         probe = linear_probe(
             train_ND, train_labels_N, test_MD, test_labels_M, num_classes, generator, options.num_splits
         )
-        write_results(options, encoder, knn, probe, len(train_ND), wanted, class_names(options, num_classes))
+        write_results(options, encoder, knn, probe, len(train_ND), wanted, names)
     context.group.barrier()
+
+
+def check_measurable(
+    train_ND: torch.Tensor, train_labels_N: torch.Tensor, test_MD: torch.Tensor, options: Options
+) -> None:
+    """UserError where kNN or the probe cannot be computed, before either begins."""
+    if not usable_ks(len(train_ND)):
+        raise UserError(f"{options.train_index} has {len(train_ND)} labelled images: too few for kNN. Label more.")
+    if int(train_labels_N.bincount().max()) < 2:
+        raise UserError(f"{options.train_index}: no class has two labelled images, one to validate on. Label more.")
+    if not (train_ND.isfinite().all() and test_MD.isfinite().all()):
+        raise UserError(f"{options.model} gives features of NaN or infinity: evaluate another checkpoint.")
 
 
 def write_results(

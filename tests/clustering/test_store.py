@@ -70,3 +70,12 @@ def test_a_damaged_embedding_shard_is_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"00001\.npy.*{match}.*mlcd embed --overwrite"):
             EmbeddingStore(tmp_path)
         EmbeddingStore(tmp_path, 0, 2)  # the rank that does not read it
+
+
+def test_rows_left_out_are_counted_around(folder: Path) -> None:
+    store = EmbeddingStore(folder)
+    left_out = np.array([0, 1, 5, 300, 821])
+    assert store.numbers(np.array([0, 821])).tolist() == [0, 821]
+    store.exclude(left_out)
+    everything = np.setdiff1d(np.arange(822), left_out)
+    assert np.array_equal(store.numbers(np.arange(store.num_rows)), everything)

@@ -54,6 +54,7 @@ def test_typing_errors_and_values_for_sections_are_named(tmp_path: Path, name: s
         ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage cannot be "auto"'),
         ({"zero_optimization": {"leaf_module": 3}}, "leaf_module configuration must be a mapping"),
         ({"zero_optimization": {"cpu_offload": True, "offload_optimizer": {}}}, "cpu_offload is deprecated"),
+        ({"bf16": {"enabled": "auto", "check_grad_overflow": False}}, "would spoil the weights: leave it out"),
         ({"steps_per_print": "often"}, "steps_per_print"),
         ({"communication_data_type": "fp64"}, "communication_data_type"),
         ({"gradient_predivide_factor": float("inf")}, "gradient_predivide_factor: Input should be a finite number"),

@@ -152,3 +152,10 @@ def test_another_deepspeed_file_is_told_in_one_line(
     (tmp_path / "deepspeed.json").write_text("{")
     with pytest.raises(UserError, match=r"deepspeed.json cannot be read: .*Remove it"):
         claim_folder(recipe, other, INPUTS, group)
+
+
+def test_a_run_without_a_checkpoint_takes_another_recipe(tmp_path: Path, group: Group) -> None:
+    """A wrong train.init_from, found when the folder was claimed, can be corrected there."""
+    claim_folder(make_recipe(tmp_path, 100, "train.init_from=wrong"), DS_FILE, INPUTS, group)
+    claim_folder(make_recipe(tmp_path, 100, "train.init_from=right"), DS_FILE, INPUTS, group)
+    assert "right" in (tmp_path / "config.yaml").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import socket
 import subprocess
@@ -66,7 +67,10 @@ def start(arguments: list[str], num_ranks: int, port: int) -> list[subprocess.Po
             environment |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
             environment |= {"MASTER_PORT": str(port)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen([sys.executable, *arguments], env=environment, **pipes))
+        # A shell's background jobs ignore Ctrl-C, and so would what they start.
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        command = [sys.executable, *arguments]
+        processes.append(subprocess.Popen(command, env=environment, preexec_fn=heed, **pipes))
     return processes
 
 

@@ -288,3 +288,14 @@ def test_ids_are_not_taken_for_classes(labelled: Path) -> None:
     flags = ["--model", "pixels@4", "--train-index", labelled / "ids", "--test-index", labelled / "test"]
     message = message_of(run_stage("evaluate", *flags, "--out", labelled / "out"))
     assert str(labelled / "ids") in message and "999999" in message and "--label-key" in message
+
+
+def test_what_cannot_be_measured_is_named_before_it_is_tried(labelled: Path) -> None:
+    image = encode(picture(0, 8, 8))
+    members = [pair for n in range(12) for pair in ((f"{n}.jpg", image), (f"{n}.json", b'{"label": %d}' % n))]
+    for name, count, told in (("few", 4, "too few for kNN"), ("lone", 12, "no class has two labelled images")):
+        shard = write_tar(labelled / f"{name}.tar", members[: 2 * count])
+        assert run_stage("index", "--shards", shard, "--out", labelled / name).status == 0
+        flags = ["--model", "pixels@4", "--train-index", labelled / name, "--test-index", labelled / "test"]
+        message = message_of(run_stage("evaluate", *flags, "--out", labelled / f"out-{name}"))
+        assert str(labelled / name) in message and told in message
