@@ -233,7 +233,7 @@ def test_dry_run_prints_the_chain() -> None:
         assert ("--kill-on-invalid-dep" in options) == bool(waits_for[name])
         ranks = (options["--nodes"], options["--ntasks-per-node"], options["--gpus-per-node"])
         assert ranks == (("1", "1", "1") if name in ("export", "evaluate") else ("10", "8", "8"))
-        assert ("--signal" in options) == (name == "train")
+        assert ("--signal" in options) == (name in ("train", "cluster"))
     assert tuple(waits_for) == STAGES
     assert waits_for == {
         "index": "",
