@@ -393,3 +393,10 @@ def test_settings_that_contradict_are_refused() -> None:
         ObjectiveConfig(scale=76.0)
     with pytest.raises(ValidationError, match="one label"):
         ObjectiveConfig(name="unicom", num_labels=8)
+
+
+@pytest.mark.parametrize("scale", [1.0, 64.0, 66.0, 68.0, 70.0, 75.0])
+def test_ten_million_classes_stay_numbers_in_fp32(scale: float) -> None:
+    shift, limits = ClassLoss(ObjectiveConfig(scale=scale)).shift, torch.finfo(torch.float32)
+    assert 1e7 * math.exp(scale - shift) * scale < limits.max, "all of them at the image, in the gradient"
+    assert math.exp(-scale - shift) > limits.tiny, "the one farthest away"
