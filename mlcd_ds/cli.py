@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return importlib.import_module(f"mlcd_ds.stages.{argv[0]}").main(argv[1:])
-    except KeyboardInterrupt:  # while importing, which takes seconds; later ones are the stage's
+    except KeyboardInterrupt:  # during the import, which takes seconds; later the stage handles it
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             sys.stderr.write(INTERRUPTED + "\n")
         return EXIT_INTERRUPTED

@@ -1,8 +1,8 @@
 """Recipes: named training runs in YAML, read into one typed model. `mlcd_ds/recipes/*.yaml` holds the ones we ship.
 
-A recipe says what is learned; `ds_configs/*.json` says how DeepSpeed goes about it. Each component's own settings stand
-beside the component. `base: NAME`, or a path from the file's own folder, takes over another recipe, all but its
-description; the file then holds what differs.
+A recipe says what is learned; `ds_configs/*.json` says how DeepSpeed does it. Each component's settings are defined
+beside the component. `base: NAME`, or a path relative to the file's folder, inherits all of another recipe except its
+description; the file then holds only what differs.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
 
 
 def _find_recipe(name: str, folder: Path, source: str) -> Path:
-    """File of a recipe: a path, which starts at `folder`, or a name of ours."""
+    """File of a recipe: a path relative to `folder`, or the name of one that we ship."""
     path = folder / name if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.exists():
         raise UserError(f"{source}: no such file, and not one of {', '.join(recipe_names())}.")
@@ -207,12 +207,12 @@ def _read_with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if base_path.resolve() in [file.resolve() for file in chain]:
         raise UserError(f"{path}: base {base!r} leads back to itself: {' -> '.join(map(str, (*chain, base_path)))}.")
     below = _read_with_bases(base_path, chain)
-    below.pop("description", None)  # of another run
+    below.pop("description", None)  # it describes another run
     return _merged(below, content)
 
 
 def _merged(below: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Two mappings in one: of what both name, mappings are merged, and of other values that of `over` stays."""
+    """Merge two mappings, nested ones too; of other values that both have, that of `over` wins."""
     both = {
         key: _merged(below[key], value)
         for key, value in over.items()

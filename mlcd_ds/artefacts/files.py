@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and their checksums."""
+"""Files that exist whole or not at all, and their checksums."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def record_of(path: Path) -> FileRecord:
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> FileRecord:
-    """Write a file so that it is there whole or not at all.
+    """Write a file so that it exists whole or not at all.
 
     `write` is handed a binary file. Raises UserError naming the file when the disk is full or not writable.
     """
@@ -83,7 +83,7 @@ def remove_file(path: Path) -> None:
 
 
 def seal_of(content: Mapping[str, Any]) -> str:
-    """SHA-256 of all entries but "seal": the entry "seal" of a JSON file whose checksum stands nowhere else."""
+    """SHA-256 of all entries but "seal": the value of "seal" in a JSON file whose checksum is recorded nowhere else."""
     rest = {key: value for key, value in content.items() if key != "seal"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

@@ -1,6 +1,6 @@
 """Manifests: what a stage read, with which parameters, and what it wrote. The contract between stages.
 
-A stage's folder is valid when its `manifest.json` is there, and the manifest is written last: a folder without one was
+A stage's folder is valid when it holds a `manifest.json`. The manifest is written last, so a folder without one was
 interrupted. Files and manifests are written under another name, flushed to disk and renamed, so that a kill at any
 moment leaves either the old file or the new one.
 """
@@ -48,7 +48,7 @@ class Manifest(Frozen):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def problem(self) -> str | None:
-        """What in it does not agree with itself; `read_manifest` refuses it then."""
+        """What in the manifest is inconsistent, None if nothing; `read_manifest` refuses an inconsistent one."""
         return None
 
 
@@ -94,7 +94,7 @@ def read_manifest(folder: Path, kind: type[ManifestType], stage: str) -> Manifes
 
 
 def refuse_other_stage(path: Path, content: dict[str, Any], stage: str) -> None:
-    """UserError when a manifest's content is of another stage."""
+    """UserError when a manifest was written by another stage."""
     found = content.get("stage")
     if found is not None and found != stage:
         raise UserError(f"{path} is of `mlcd {found}`, not of `mlcd {stage}`: name another folder.")
@@ -118,7 +118,7 @@ def refuse_foreign_folder(folder: Path, stage: str, key: str = "--out") -> None:
 def shards_problem(
     shards: Sequence[tuple[str, int]], num_images: int, files: Mapping[str, FileRecord], endings: Sequence[str]
 ) -> str | None:
-    """What does not agree in a manifest's list of shards (name, number of images) and their files NAME + ending."""
+    """What is inconsistent in a manifest's list of shards (name, number of images) and their files NAME + ending."""
     names = Counter(name for name, _ in shards)
     if repeated := [name for name, count in names.items() if count > 1]:
         return f"it names shard {repeated[0]} twice"
@@ -142,7 +142,7 @@ def output_path(folder: Path, manifest: Manifest, name: str) -> Path:
 
 
 def check_outputs(folder: Path) -> None:
-    """Compare all files of a finished stage's folder with its manifest; a folder without one is not a stage's."""
+    """Compare all files of a finished stage's folder with its manifest; a folder without a manifest passes."""
     path, fix = folder / MANIFEST_NAME, "Make the folder again."
     if is_there(path, fix):
         stage = str(read_json_object(path, fix).get("stage"))

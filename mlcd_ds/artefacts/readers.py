@@ -52,7 +52,7 @@ def brief(error: Exception) -> str:
 
 
 def is_there(path: Path, fix: str) -> bool:
-    """Whether a path exists. UserError where that cannot be told, for want of a permission."""
+    """Whether a path exists. UserError where a missing permission hides the answer."""
     with decoding(path, fix):
         return path.exists()
 
@@ -77,7 +77,7 @@ def check_record(path: Path, record: FileRecord, fix: str) -> None:
 
 
 def check_size(path: Path, record: FileRecord, fix: str) -> None:
-    """Compare a file's size alone: cheap, where whoever reads it compares the checksum."""
+    """Compare only a file's size: cheap, and enough where its reader compares the checksum."""
     with decoding(path, fix):
         size = path.stat().st_size
     if size != record.bytes:
@@ -93,7 +93,7 @@ def _check_digest(path: Path, digest: str, record: FileRecord, fix: str) -> None
 
 
 def parse_json(content: bytes, what: object, fix: str, unique_keys: bool = False) -> Any:
-    """Decode JSON. `unique_keys` refuses a key that is given twice, of which the first would be lost in silence."""
+    """Decode JSON. `unique_keys` refuses a key that is given twice: its first value would be lost silently."""
     with decoding(what, fix):
         return json.loads(content, object_pairs_hook=_unique if unique_keys else None)
 
@@ -146,7 +146,7 @@ class _Loader(yaml.SafeLoader):  # the loader in C dies of deep nesting
 
 
 def _num_nodes(node: yaml.Node, known: dict[int, float]) -> float:
-    """Nodes of a YAML tree with aliases written out; infinite where one stands inside of what it names."""
+    """Number of nodes of a YAML tree with aliases expanded; infinite where an alias lies inside what it names."""
     if id(node) not in known:
         known[id(node)] = float("inf")
         below = node.value if not isinstance(node, yaml.MappingNode) else [part for pair in node.value for part in pair]
@@ -210,12 +210,12 @@ def read_tensors(path: Path, fix: str, record: FileRecord | None = None) -> dict
     if record is not None:
         check_record(path, record, fix)
     with decoding(path, fix):
-        open(path, "rb").close()  # safetensors says "no such file" of one that may not be read
+        open(path, "rb").close()  # safetensors says "no such file" of a file without read permission
         return load_file(path)
 
 
 class TensorFile:
-    """An open safetensors file, of which tensors are read one by one, or parts of them."""
+    """An open safetensors file, to read single tensors or parts of them."""
 
     def __init__(self, path: Path, file: Any, fix: str) -> None:
         self.path, self._file, self._fix = path, file, fix

@@ -31,7 +31,7 @@ def shown(value: Any) -> str:
 
 
 def free_field(default: Any = ..., *, when: Freedom = "always", **settings: Any) -> Any:
-    """A `Field` of a recipe that may change when a run goes on; a change of any other makes it another run.
+    """A `Field` of a recipe that may change when a run is resumed; changing any other field makes it another run.
 
     `when`: always; or as long as the learning rates of the steps already done stay as they were.
     """

@@ -1,4 +1,4 @@
-"""What finds nearest centres: a small interface. choose_assigner.py picks one of its implementations.
+"""The interface to a search for nearest centres. choose_assigner.py picks one of its implementations.
 
 B rows of a block, C centres, E width, k centres wanted. A *score* is larger for a nearer centre: `x . c` for cosine,
 `x . c - |c|^2 / 2` for euclidean, so that `|x - c|^2 = |x|^2 - 2 score`.

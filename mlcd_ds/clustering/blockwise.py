@@ -1,8 +1,8 @@
 """Nearest centres by a blocked product and a running maximum, in torch: no score outlives its block.
 
-b rows and c centres of a block, seen as J strided chunks of CHUNK members; E width, k centres wanted. A block's chunk
-maxima come first, at the speed of memory; members are looked at only in chunks, and for rows, that can still matter.
-An entry of the k best lies in one of the k chunks of largest maximum, so nothing is lost.
+b rows and c centres of a block, seen as J strided chunks of CHUNK members; E width, k centres wanted. The maxima of
+all chunks are taken first, at memory speed; single members are then read only for the rows and chunks that can still
+matter. Each of the k best scores lies in one of the k chunks with the largest maxima, so nothing is lost.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class BlockShape:
     centers: int
 
 
-# By docs/log.md: what is looked into again costs a row and a block, so with fast bf16 products blocks are few and wide;
-# fp32 likes more rows. On a GPU a block should be a large product.
+# From docs/log.md: reading chunks again costs time for each row and block, so with fast bf16 products blocks are few
+# and wide; fp32 prefers more rows. On a GPU a block should be a large product.
 BLOCKS = {
     ("cpu", False): BlockShape(1024, 4096),
     ("cpu", True): BlockShape(256, 16_384),
@@ -102,13 +102,13 @@ class BlockwiseAssigner:
         return torch.mm(rows_bE, factors_cE.T, out=scores_bc)
 
     def _exact_scores(self, rows_bE: Tensor, nearest_bk: Tensor) -> Tensor:
-        """fp32 [b, k]: what was found, scored in fp32 without the product's rounding."""
+        """fp32 [b, k]: scores of the centres found, in fp32 without the product's rounding."""
         scores_bk = torch.stack([(rows_bE * self._centers_CE[column]).sum(dim=1) for column in nearest_bk.T], dim=1)
         return scores_bk if self._halves_C is None else scores_bk - self._halves_C[nearest_bk]
 
 
 class RunningBest:
-    """The k largest scores of each row so far, and whose they are."""
+    """The k largest scores of each row so far, and their centres."""
 
     def __init__(self, num_rows: int, k: int, device: torch.device) -> None:
         self.scores_bk = torch.full((num_rows, k), -torch.inf, device=device)

@@ -12,7 +12,7 @@ from mlcd_ds.clustering.assigner import Metric
 
 
 class ClusterManifest(Manifest):
-    """Manifest of `mlcd cluster`, with an entry an iteration, over the `num_rows` that it read.
+    """Manifest of `mlcd cluster`. Tuples have one entry per iteration, over the `num_rows` rows that it read.
 
     `objective` is the mean similarity to the nearest centre, or the mean squared distance from it (`metric`).
     """

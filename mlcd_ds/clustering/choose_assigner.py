@@ -12,9 +12,9 @@ from mlcd_ds.clustering.faiss_assigner import FaissAssigner, FaissGpuAssigner, h
 from mlcd_ds.errors import UserError
 from mlcd_ds.kernels.device import check_bf16, check_triton, has_bf16, has_triton
 
-# Below so many multiplications in a pass, fp32 takes seconds and bf16's rounding is not worth them.
+# With fewer multiplications than this in a pass, fp32 takes seconds, and saving those is not worth bf16's rounding.
 MANY_MULTIPLICATIONS = 10**12
-EXTRAS = {"cpu": "cpu", "cuda": "gpu"}  # of the package: which of them installs faiss for a device
+EXTRAS = {"cpu": "cpu", "cuda": "gpu"}  # the package's extra that installs faiss for a device type
 
 
 def resolve_precision(precision: Precision, device: torch.device, num_multiplications: float) -> bool:
@@ -60,7 +60,7 @@ def choose_assigner(name: AssignerName, metric: Metric, device: torch.device, is
 
 
 def describe_assigner(name: AssignerName, device: torch.device, is_bf16: bool) -> str:
-    """What searches, and in which precision, for the log."""
+    """The assigner and its precision, for the log."""
     used = resolve_assigner(name, device, is_bf16)
     text = f"{used}, {'bf16' if is_bf16 else 'fp32'}"
     if name == "auto" and not is_bf16 and used != "faiss":

@@ -26,7 +26,7 @@ MOST_COMPARED = 2048  # rows of a bucket that are compared with one another at o
 
 
 class ReadableRows(Rows, Protocol):
-    """Rows of which a rank can also read those of other ranks."""
+    """Rows that a rank can read even where they belong to other ranks."""
 
     begin: int
     end: int
@@ -37,7 +37,7 @@ class ReadableRows(Rows, Protocol):
 
 def find_duplicates(rows: ReadableRows, group: Group, threshold: float, seed: int) -> np.ndarray:
     """Global numbers int64, sorted, of all rows whose cosine to a row with a smaller number is at least `threshold`, as
-    far as a bucket shows them.
+    far as the two share a bucket.
 
     Of each group of copies the first stays. Collectives: an exchange of signatures and numbers for each table, 16 bytes
     a row; a gather of what was found.

@@ -86,8 +86,8 @@ class EmbeddingStore:
     def blocks(self, block_rows: int, sample: Sample | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The slice's rows in order, or those of a sample: global numbers int64 [B] and rows fp16 [B, E].
 
-        All blocks but the last have `block_rows` rows, however short the shards are. A small slice that is one block is
-        read once and stays in memory, in fp32: there reading would take longer than k-means.
+        All blocks but the last have `block_rows` rows, however short the shards are. A slice small enough
+        for one block is read once and kept in fp32: reading it each time would take longer than k-means.
         """
         num_rows = self.end - self.begin
         if sample is None and 0 < num_rows <= block_rows and num_rows * self.dim * 4 <= KEPT_BYTES:
@@ -126,7 +126,7 @@ class EmbeddingStore:
             yield torch.cat(numbers), torch.cat(rows)
 
     def exclude(self, numbers: np.ndarray) -> None:
-        """Leave rows out of `blocks` from now on: sorted global numbers of all ranks. `num_rows` is what is left."""
+        """Leave rows (sorted global numbers, of all ranks) out of `blocks` from now on; `num_rows` counts the rest."""
         self._excluded, self._kept = numbers, None
         self.num_rows = self.manifest.num_images - len(numbers)
 

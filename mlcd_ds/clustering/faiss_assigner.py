@@ -75,7 +75,7 @@ class FaissGpuAssigner:
 
 def _import_faiss() -> Any:
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        # The OpenBLAS inside of faiss-cpu takes Intel's newer processors for one with SSE3, a quarter of their speed.
+        # The OpenBLAS in faiss-cpu mistakes newer Intel processors for one with SSE3: a quarter of their speed.
         os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
     try:
         import faiss

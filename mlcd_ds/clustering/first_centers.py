@@ -21,10 +21,10 @@ from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.errors import UserError
 
 InitName = Literal["auto", "random", "kmeans++", "two_level"]
-AUTO_RANDOM, AUTO_TWO_LEVEL = 1_000, 20_000  # centres up to which k-means++, and from which two levels pay
+AUTO_RANDOM, AUTO_TWO_LEVEL = 1_000, 20_000  # k-means++ up to the first number of centres, two levels from the second
 PLUS_POINTS, PLUS_ROWS = 16, 16_384  # rows that k-means++ draws from: so many a centre, and at least so many
 PLUS_DIM, PLUS_CANDIDATES = 128, 10  # width in which it measures; candidates, over scikit-learn's 2 + log C
-LEAST_DISTANCE = 1e-12  # of a row from a centre: where all rows are copies of centres, any may be drawn
+LEAST_DISTANCE = 1e-12  # floor, so that any row may be drawn where all rows are copies of centres
 CELL_POINTS, CELL_ITERATIONS = 256, 10  # rows a cell and iterations of the first level
 CANDIDATES = 4  # rows a centre from which the second level's first centres come
 FINE_POINTS, FINE_ITERATIONS = 40, 8
@@ -34,7 +34,7 @@ MakeAssigner = Callable[[], Assigner]
 
 
 def resolve_init(name: InitName, num_centers: int) -> InitName:
-    """`auto` by the number of centres; docs/clustering.md compares."""
+    """Resolve `auto` by the number of centres; docs/clustering.md compares the methods."""
     if name != "auto":
         return name
     if num_centers >= AUTO_TWO_LEVEL:
@@ -80,8 +80,8 @@ def plus_plus_centers(
 ) -> Tensor:
     """Greedy k-means++ (Arthur & Vassilvitskii, 2007) over a sample of rows, seen in a random projection.
 
-    The projection keeps distances to some percent (Johnson & Lindenstrauss, 1984), which more candidates than usual
-    more than make up for, and is small enough for every rank to have all of it: each does all draws. Collectives: two
+    The projection keeps distances to some percent (Johnson & Lindenstrauss, 1984), a loss that the larger number of
+    candidates outweighs. It is small enough for every rank to hold all of it, so each makes all draws. Collectives: two
     exchanges of the sample (numbers, and PLUS_DIM fp32 a row), an all-gather of [C], an all-reduce of [C, E].
     """
     generator = np.random.default_rng(seed)
@@ -147,7 +147,7 @@ def two_level_centers(
     cells_CE = kmeans(rows, group, cells, Clustering(start, np.zeros(num_cells, np.int64)), rules).centers_CE
     cells.set_centers(cells_CE)
     numbers_N, cells_N = _candidates(rows, group, cells, num_centers, seed + 1)
-    kept, cells_N = np.unique(cells_N, return_inverse=True)  # a cell without a candidate is none
+    kept, cells_N = np.unique(cells_N, return_inverse=True)  # cells without a candidate are dropped
     cells.set_centers(cells_CE[torch.from_numpy(kept).to(device)])
     counts_C = shares(np.bincount(cells_N), num_centers)
     order_N = np.lexsort((uniforms(numbers_N, seed + 2), cells_N))

@@ -1,8 +1,8 @@
-"""Lloyd's iterations over the rows of all ranks (paper, 3.2): assign, average by centroid range, repair.
+"""Lloyd's iterations over the rows of all ranks (paper, 3.2): assign, average by range of centres, repair.
 
-Each rank assigns its own rows. Sums are reduce-scattered by ranges of centroids, averaged there, and gathered again;
+Each rank assigns its own rows. Sums are reduce-scattered by ranges of centres, averaged there, and gathered again;
 so every rank holds the same centres, and the result depends on the number of ranks only through the rounding of the
-sums. What it knows of data and search are the two small interfaces `Rows` and `Assigner`.
+sums. It knows data and search only by two small interfaces, `Rows` and `Assigner`.
 
 C centres, L = ceil(C / R) centres of this rank's range, B rows of a block, E width.
 """
@@ -28,7 +28,7 @@ BLOCK_ROWS = 65_536
 
 
 class Rows(Protocol):
-    """The little that k-means asks of its data: one rank's slice of all rows."""
+    """What k-means needs of its data: one rank's slice of all rows."""
 
     num_rows: int  # of all ranks
     dim: int
@@ -48,7 +48,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Phase:
-    """At most so many iterations on a share of the rows."""
+    """At most `num_iterations` iterations on a share `rate` of the rows."""
 
     rate: float
     num_iterations: int
@@ -86,14 +86,14 @@ class Clustering:
         return len(self.history)
 
 
-# `repair(clusters, rate, may_move, generator)` changes clusters of a share of all rows in place; how many were split.
+# `repair(clusters, rate, may_move, generator)` changes clusters of a share of all rows in place; returns the splits.
 RepairRule = Callable[[Clusters, float, bool, np.random.Generator], int]
 
 
 @dataclass(frozen=True)
 class Rules:
     """How to iterate: the metric, the phases, when a phase ends early, how clusters are repaired, the seed, and in how
-    many iterations, from the first, centres may move from cheap clusters to expensive ones."""
+    many of the first iterations centres may move from cheap clusters to expensive ones."""
 
     metric: Metric
     phases: tuple[Phase, ...]
@@ -111,9 +111,9 @@ def distortion(objective: float, metric: Metric) -> float:
 def next_phase(history: Sequence[Iteration], rules: Rules) -> int | None:
     """The phase of the next iteration, or None at the end: a function of the history, so that a run resumes.
 
-    A phase ends after its iterations, or when an iteration improved by no more than the tolerance. An iteration counts
-    for that only where neither it nor the one before split a cluster: moved centres have not converged, and the rise
-    that a split causes is measured in the iteration after it.
+    A phase ends after its iterations, or when an iteration improved by no more than the tolerance. The latter
+    counts only where neither that iteration nor the one before split a cluster: moved centres have not converged, and
+    the rise that a split causes is measured in the iteration after it.
     """
     if not history:
         return 0
@@ -180,7 +180,7 @@ def lloyd_step(
             raise UserError(f"{rows.place(int(number))} is not finite. Make it again: `mlcd embed --overwrite`.")
         sums_CE.index_add_(0, nearest_B, rows_BE)
         counts_C += torch.bincount(nearest_B, minlength=len(counts_C))
-        # The cosine's centres have unit length, and so have, up to fp16, its rows.
+        # With the cosine, centres have unit length; so do rows, up to fp16 rounding.
         distances_B = squares_B - 2 * scores_B + (metric == "cosine")
         spreads_C.index_add_(0, nearest_B, distances_B.clamp_min(0))
     sums_LE = group.reduce_scatter_sum(sums_CE)

@@ -21,7 +21,7 @@ def cluster_memory(
 ) -> dict[str, int]:
     """Bytes at the peak of an iteration on one of `num_ranks` ranks. Embeddings stay on disk, memory-mapped.
 
-    The new centres take the place of the sums: both are never there together. On a GPU, `stored block` is the host's.
+    The new centres replace the sums: they never exist together. On a GPU, `stored block` is in host memory.
     """
     block = BLOCKS[device.type, is_bf16]
     rows = min(BLOCK_ROWS, -(-num_rows // num_ranks))

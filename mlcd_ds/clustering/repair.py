@@ -1,4 +1,4 @@
-"""Clusters that are empty, too small, too large, or cost too little: their centres move, alike on every rank.
+"""Clusters that are empty, too small, too large, or cost too little: their centres move, in the same way on every rank.
 
 C centres, M that move, E width. The *spread* of a cluster is the sum of its rows' squared distances from the centre. In
 an optimal clustering all spreads are about equal (Gersho, 1979), while Lloyd's iterations cannot carry a centre across
@@ -51,7 +51,7 @@ class Clusters:
 class Repair:
     """Smallest and largest number of rows that a cluster should have. Empty clusters are always repaired.
 
-    Limits are aims of every iteration's repair, not a constraint of the assignment: what is left is reported.
+    Every iteration's repair aims at the limits; they do not constrain the assignment. What remains is reported.
     """
 
     metric: Metric

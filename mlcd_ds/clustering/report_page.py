@@ -19,7 +19,7 @@ STYLE = (
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """A file's content as the address of itself."""
+    """A file's content as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 

@@ -1,7 +1,7 @@
-"""Nearest centres on a GPU: one Triton kernel multiplies and keeps, of each tile of centres, the largest score.
+"""Nearest centres on a GPU: one Triton kernel multiplies, and keeps the largest score of each tile of centres.
 
-b rows and C centres, J = ceil(C / TILE) tiles of centres, E width, k centres wanted. An entry of the k best lies in one
-of the k tiles of largest maximum. Only their members are scored again, in fp32; no other score reaches memory.
+b rows and C centres, J = ceil(C / TILE) tiles of centres, E width, k centres wanted. Each of the k best scores lies in
+one of the k tiles with the largest maxima. Only their members are scored again, in fp32; no other score reaches memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""DALI: the graphs that decode images, on CPU and on GPU: one to train, one to evaluate. The only file that imports it.
+"""DALI's graphs, which decode images on CPU and GPU: one to train, one to evaluate. The only file that imports DALI.
 
 They have no state and no random numbers: encoded images, crop boxes and flips come in, pixels go out. What is read
 and how it is cropped is decided outside (order.py; crops.py to train, frames.py to evaluate), so runs resume bit for
@@ -65,7 +65,7 @@ def _import_dali() -> Any:
 
 
 class _Decoder:
-    """Decode, make squares of side S, and normalise. How the squares are made is the subclasses' part.
+    """Decode, make squares of side S, and normalise. Subclasses define how the squares are made.
 
     Asynchronous: `push` queues a batch, `pop` returns the images of the oldest, so that decoding overlaps compute.
     Errors of a broken image surface in `pop` as UserError; the decoder is unusable afterwards.
@@ -179,8 +179,8 @@ class ImageDecoder(_Decoder):
 class EvaluationDecoder(_Decoder):
     """For embedding and evaluation: whole images in a model's own `PixelFormat`, as transformers' processors make them.
 
-    Pillow resamples columns, rounds to whole grey levels from 0 to 255, and then resamples rows. Here it is done in two
-    passes only where the rounding in between shows: they take twice as long.
+    Pillow resamples columns, rounds to whole grey levels from 0 to 255, and then resamples rows. Here two
+    passes, which take twice as long, are made only where the rounding between them shows in the result.
     """
 
     def _squares(self, images: Any) -> tuple[Any, Any]:

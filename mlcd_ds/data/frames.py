@@ -112,6 +112,6 @@ KERNELS: dict[Interpolation, tuple[Callable[[np.ndarray], np.ndarray], float]] =
     "bicubic": (cubic, 2.0),
     "lanczos": (lanczos, 3.0),
 }
-# Pillow cuts values off at 0 and 255 between its two passes. It shows where a kernel that overshoots does not shrink
-# the image by at least this factor.
+# Pillow cuts values off at 0 and 255 between its two passes. The cut shows where a kernel that overshoots does not
+# shrink the image by at least this factor.
 CLIPS_BELOW: dict[Interpolation, float] = {"bilinear": 0.0, "bicubic": 1.0, "lanczos": 1.5}

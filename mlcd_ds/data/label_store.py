@@ -25,7 +25,7 @@ class LabelManifest(Manifest):
 
 
 def check_labels(labels_NP: np.ndarray, num_centers: int, path: Path, fix: str) -> None:
-    """UserError when labels name centres that are not there; -1 is no label."""
+    """UserError when labels name centres that do not exist; -1 means no label."""
     if labels_NP.size and not -1 <= labels_NP.min() <= labels_NP.max() < num_centers:
         bad = labels_NP.min() if labels_NP.min() < -1 else labels_NP.max()
         raise UserError(f"{path} has label {bad}, but its manifest names {num_centers} centres. {fix}")

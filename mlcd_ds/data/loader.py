@@ -28,7 +28,7 @@ from mlcd_ds.distributed.collectives import Group
 
 
 class AugmentConfig(Frozen):
-    """Random-resized crop, flip and colours. The defaults are the team's public code's; the paper does not say."""
+    """Random-resized crop, flip and colours. Defaults are those of the team's public code; the paper gives none."""
 
     crop_area: tuple[float, float] = Field((0.7, 1.0), description="smallest and largest part of the image kept")
     crop_aspect: tuple[float, float] = Field((0.8, 1.25), description="narrowest and widest aspect ratio of the crop")
@@ -52,7 +52,7 @@ class AugmentConfig(Frozen):
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """A micro-batch on the device: images fp32 [B, 3, S, S], centres int64 [B, P], keys of their noise int64 [B]."""
+    """A micro-batch on the device: images fp32 [B, 3, S, S], labels int64 [B, P], keys of their noise int64 [B]."""
 
     images_B3SS: Tensor
     labels_BP: Tensor
@@ -83,7 +83,7 @@ class StreamSlice:
 
     @property
     def loaded(self) -> slice:
-        """Those of a micro-batch that this rank loads."""
+        """Images of a micro-batch that this rank loads."""
         size = self.micro_batch // self.num_shares
         return slice(self.share * size, (self.share + 1) * size)
 

@@ -1,11 +1,11 @@
 """Which sample comes when: a pure function of the seed and the number of samples consumed.
 
-The global batch is made of `num_streams` equal parts. In each epoch the shards are permuted and the row of all their
-samples is cut into `num_streams` equal segments, one a stream. A stream reads its segment from left to right and
+The global batch is made of `num_streams` equal parts. In each epoch the shards are permuted and the sequence of all
+their samples is cut into `num_streams` equal segments, one a stream. A stream reads its segment from left to right and
 permutes the samples inside windows of `shuffle_window`, so that reading stays local: a window covers a few shards.
 A rank serves num_streams / R streams. Hence the batches are the same, to the sample, on every number of ranks that
 divides `num_streams`, and a run is resumed from one integer. The samples left over by the division (fewer than
-`num_streams`) are other ones in each epoch.
+`num_streams`) differ from epoch to epoch.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class SampleOrder:
     def _permuted_window(self, epoch: int, stream: int, window: int) -> np.ndarray:
         """Global ids of one window of a stream."""
         shards = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts_S))
-        ends = np.cumsum(self.counts_S[shards])  # of each shard, in the epoch's row of samples
+        ends = np.cumsum(self.counts_S[shards])  # of each shard, in the epoch's sequence of samples
         # The cut starts elsewhere in every epoch, so that the remainder is not always the same samples.
         rotation = int(np.random.default_rng([self.seed, epoch, 1]).integers(self.num_samples))
         length = min(self.shuffle_window, self.samples_per_stream - window * self.shuffle_window)

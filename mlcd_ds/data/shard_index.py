@@ -2,7 +2,7 @@
 
 `mlcd index` writes, per shard, a DALI index (`NAME.idx`, version 1.2: one line a sample, `ext offset bytes name` for
 each member), the pixel sizes of the images (`NAME.sizes.npy`) and the CRC-32 of what is read later (`NAME.crc32.npy`:
-image, caption, metadata). Samples that cannot be used are in none. The row of a sample in these files is its identity:
+image, caption, metadata). Unusable samples are in none of them. A sample's row in these files is its identity:
 embeddings and labels are stored in the same order.
 """
 
@@ -210,7 +210,7 @@ class ShardIndex:
                 raise UserError(f"{entry.path} has no {lost.name} at byte {lost.offset}, as indexed: {fix}")
 
     def _outer_images(self, entry: ShardEntry) -> list[Member]:
-        """As `outer_images`; a damaged index is a UserError. It is not worth a checksum unless it looks wrong."""
+        """As `outer_images`; a damaged index is a UserError. Its checksum is compared only where it looks wrong."""
         name = f"{entry.name}.idx"
         try:
             return outer_images(self.folder / name)

@@ -85,7 +85,7 @@ class Group:
         return self.start_max_on_host(value)()
 
     def start_max_on_host(self, value: float) -> Callable[[], float]:
-        """The same without waiting: call what is returned for the answer. One all-reduce on the CPU."""
+        """The same without waiting: call the returned function for the answer. One all-reduce on the CPU."""
         largest = torch.tensor([value], dtype=torch.float64)
         work = dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.process_group, async_op=True)
 

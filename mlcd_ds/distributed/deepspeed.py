@@ -48,7 +48,7 @@ def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config
 
         mpu = groups
         deepspeed.init_distributed(dist_init_required=False)
-        mpu._init_tp_mesh_device(tensor_model_parallel_size=size)  # or the batch would be shared over all ranks
+        mpu._init_tp_mesh_device(tensor_model_parallel_size=size)  # else DeepSpeed divides the batch over all ranks
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # each step sets it; see below
     engine, _, _, _ = deepspeed.initialize(
@@ -63,8 +63,8 @@ def step_engine(engine: Any) -> float | torch.Tensor | None:
     """`engine.step()`, which acts at the last micro-batch; returns the gradient's norm before clipping then.
 
     A gradient whose norm is not finite moves nothing, neither weights nor moments, and does not count as an update.
-    From stage 1 on, and in fp16, DeepSpeed sees to that. Without either it clips by such a norm and steps, and does not
-    tell the norm: it is taken here, and torch's fused AdamW skips the step on the device.
+    From stage 1 on, and in fp16, DeepSpeed sees to that. Otherwise it would clip by such a norm and step, and it
+    does not return the norm: so the norm is computed here, and torch's fused AdamW skips the step on the device.
     """
     norm = None
     is_whole = engine.zero_optimization_stage() == 0 and not engine.fp16_enabled()

@@ -110,7 +110,7 @@ class ZeroBuffers:
     """Elements of what ZeRO keeps beside weights, gradients and states.
 
     Its buckets of gradients, all together; at stage 3 the most weights that are gathered at a time, and those of one
-    collective; and the gradients that are copied to fp32 for one reduction, where they travel so.
+    collective; and the gradients copied to fp32 for one reduction, where gradients travel in fp32.
     """
 
     gradients: int = 0
@@ -126,7 +126,7 @@ def zero_buffers(config: dict[str, Any], path: Path) -> ZeroBuffers:
     gradients = int(section.reduce_bucket_size) * (2 if is_double else 1)
     copies = 0
     if section.stage and config.get("communication_data_type") == "fp32":
-        copies = int(section.reduce_bucket_size) * (2 if section.stage == 3 else 1)  # there once more, put in order
+        copies = int(section.reduce_bucket_size) * (2 if section.stage == 3 else 1)  # at stage 3, a reordered copy
     return ZeroBuffers(gradients, int(section.max_live_parameters), int(section.prefetch_bucket_size), copies)
 
 
@@ -162,7 +162,7 @@ def stated_precision(config: dict[str, Any], path: Path) -> str:
 
 
 def tensor_parallel_size(config: dict[str, Any], path: Path) -> int:
-    """`tensor_parallel.autotp_size`, 1 where it is not given. How layers are split is not the file's to say."""
+    """`tensor_parallel.autotp_size`, 1 where it is not given. The file cannot say how layers are split."""
     section = config.get("tensor_parallel", {})
     _check_section(section, path, "tensor_parallel")
     if other := sorted(section.keys() - {"autotp_size"}):

@@ -1,7 +1,7 @@
-"""What may stand in a DeepSpeed file, and of which type.
+"""The keys that a DeepSpeed file may have, and their types.
 
-DeepSpeed accepts unknown keys in silence at the top and in some of its sections, and answers wrong types in others with
-a stack trace late in the start. Sections that it has typed models for are checked by these, the rest by models here.
+DeepSpeed silently accepts unknown keys at the top and in some of its sections; in others, wrong types end in a stack
+trace late in the start. Sections for which it has typed models are checked by these, the rest by the models here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ActivationCheckpointing(Frozen):
 
 
 class DataTypes(Frozen):
-    """`data_types`: what else DeepSpeed knows there would change the model itself."""
+    """`data_types`: the other keys that DeepSpeed knows here would change the model itself."""
 
     grad_accum_dtype: Dtype | None = None
 

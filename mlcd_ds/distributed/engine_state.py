@@ -1,8 +1,8 @@
 """What a DeepSpeed engine trains, whole and in fp32, however ZeRO spreads it over the data-parallel ranks.
 
-DeepSpeed's own checkpoints hold each rank's part, and only as many ranks of the same ZeRO stage can read them. Whole
-weights and moments can be written by one layout and read by any other. One class a ZeRO family knows where DeepSpeed
-keeps what; a *master* is an fp32 tensor that the optimizer steps on: all that a rank updates is in its masters.
+DeepSpeed's own checkpoints hold each rank's part: only the same number of ranks at the same ZeRO stage can read them.
+Whole weights and moments can be written by one layout and read by any other. A class for each ZeRO family knows where
+DeepSpeed keeps them. A *master* is an fp32 tensor that the optimizer steps on: a rank's masters hold all it updates.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 ADAM_MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
-AVERAGE = "average"  # of the weights: kept beside the moments, and read and set as they are
+AVERAGE = "average"  # of the weights: kept beside the moments, and read and set like them
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -29,8 +29,8 @@ def engine_state(engine: Any) -> EngineState:
 class EngineState(ABC):
     """Weights, moments, the number of updates and the loss scale of an engine; parameters go by their names.
 
-    Of a tensor-parallel group each rank has its own part here. To restore an engine that is new: `begin`, then `set`
-    weights and moments of all parameters, then `finish`.
+    In a tensor-parallel group, each rank's state covers its own part only. To restore into a new engine: `begin`, then
+    `set` weights and moments of all parameters, then `finish`.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -46,18 +46,18 @@ class EngineState(ABC):
 
     @property
     def num_updates(self) -> int:
-        """Optimizer steps so far, without those that were skipped. Without any there are no moments. The host waits."""
+        """Optimizer steps so far, skipped ones not counted. Before the first there are no moments. The host waits."""
         return next((int(state["step"]) for state in self._adam.state.values() if "step" in state), 0)
 
     @property
     def loss_scale(self) -> dict[str, float]:
-        """The dynamic loss scale of fp16 training; empty without."""
+        """The dynamic loss scale of fp16 training; empty where there is none."""
         scaler = self._scaler()
         return {name: value for name in SCALER_FIELDS if (value := getattr(scaler, name, None)) is not None}
 
     @property
     def is_finite(self) -> bool:
-        """Whether all that this rank updates is, and its moments. The host waits."""
+        """Whether all weights that this rank updates, and their moments, are finite. The host waits."""
         states = [self._adam.state.get(master, {}) for *_, master in self._masters()]
         moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
         masters = [master.detach() for *_, master in self._masters()]
@@ -73,7 +73,7 @@ class EngineState(ABC):
 
     @abstractmethod
     def set(self, name: str, value: Tensor, moment: str | None = None) -> None:
-        """Put whole weights, or a whole moment, to their places on this rank."""
+        """Copy whole weights, or a whole moment, to where this rank keeps its part."""
 
     def begin(self, num_updates: int, loss_scale: dict[str, float]) -> None:
         """Make room for the moments of so many updates (none at 0), and set the loss scale."""
@@ -85,7 +85,7 @@ class EngineState(ABC):
                 self._adam.state[master] = self._zero_moments(number, group, master, num_updates)
 
     def begin_average(self) -> None:
-        """Keep a moving average of the weights from now on, of each rank's own masters: it starts as they are."""
+        """From now on keep a moving average of this rank's masters, starting from their present values."""
         self.has_average = True
         for number, group, master in self._masters():
             if not self._adam.state[master]:  # the optimizer makes its moments where there is no state yet
@@ -100,7 +100,7 @@ class EngineState(ABC):
         torch._foreach_lerp_(averages, masters, 1 - decay)
 
     def finish(self) -> None:  # noqa: B027  nothing to do in most families
-        """After all was set. Collective at stage 3."""
+        """Call after everything was set. Collective at stage 3."""
 
     @abstractmethod
     def _masters(self) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
@@ -126,7 +126,7 @@ class EngineState(ABC):
 
 
 class WholeState(EngineState):
-    """Stage 0: a master for each parameter, whole on every rank; the parameter itself, but in fp16."""
+    """Stage 0: a master for each parameter, whole on every rank; except in fp16, the parameter itself."""
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -179,9 +179,9 @@ class PartitionedState(EngineState):
             parameter.copy_(value)
 
     def _piece(self, parameter: Any, moment: str | None) -> Tensor:
-        """The flat piece of a parameter that is this rank's, where it has one: a view of its place.
+        """This rank's flat piece of a parameter, as a view; the rank must have one.
 
-        Not by DeepSpeed's own mapping of moments: it is made after the first group's step, when others have none yet.
+        DeepSpeed's own mapping of moments is not used: it is made after the first group's step, before others have any.
         """
         mapping = parameter._hp_mapping
         if moment is None:
@@ -202,7 +202,7 @@ class PartitionedState(EngineState):
         return torch.Size([sum(parameter.numel() for parameter in self._zero.params_in_partition[number])])
 
     def _muon_buffers(self, parameter: Tensor) -> Iterator[tuple[Tensor, bool]]:
-        """The parameter's whole momentum where a piece of it is this rank's; and whether its first is.
+        """The parameter's whole momentum, where this rank has a piece; and whether that is the first piece.
 
         Every rank with a piece of a matrix keeps the momentum of all of it.
         """

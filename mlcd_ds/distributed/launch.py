@@ -92,7 +92,7 @@ def process_group(launch: Launch, timeout_s: float = DEFAULT_TIMEOUT_S) -> Itera
         dist.init_process_group(backend, "env://", rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     world = dist.group.WORLD
     assert world is not None
-    dist.all_reduce(torch.zeros(1))  # one that ends at once, on a bad option, would break the connecting of the others
+    dist.all_reduce(torch.zeros(1))  # else a rank that ends at once, on a bad option, would keep others from connecting
     try:
         yield Group(world)
     except BaseException:

@@ -22,7 +22,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._asked = False
         self._previous: dict[int, Any] = {}
-        self._answer: Callable[[], float] | None = None  # to the latest question of `was_asked`
+        self._answer: Callable[[], float] | None = None  # gives the answer to the latest `was_asked`
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:

@@ -1,4 +1,4 @@
-"""One message for all ranks: what stops them all, a typing error say, is told by one."""
+"""One message for all ranks: an error that stops them all, such as a mistyped option, is reported by one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LINGER = timedelta(seconds=2)
 
 
 def is_first_to_tell(message: str) -> bool:
-    """Whether no other rank has told this message yet. True where nobody can be asked."""
+    """Whether no other rank has reported this message yet. True where that cannot be found out."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return True
     key = "told/" + hashlib.sha256(message.encode(errors="replace")).hexdigest()

@@ -71,11 +71,11 @@ def model_type(folder: Path) -> str:
 
 
 def _from_pretrained(kind: Any, folder: Path) -> nn.Module:
-    """A model of transformers in fp32. UserError where the folder has not all of its weights, or others."""
+    """A model of transformers in fp32. UserError where the folder lacks some of its weights or has other shapes."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # what it would print of the weights is checked below
+    logging.set_verbosity(logging.CRITICAL)  # it would print about the weights what is checked below
     try:
         with decoding(f"{folder}: the model (config.json, model.safetensors)", FIX):
             network, info = kind.from_pretrained(

@@ -1,6 +1,6 @@
 """preprocessor_config.json: how a Hugging Face model's own processor makes its pixels, read whole and written.
 
-Taken are the processors that resize, cut the centre, rescale and normalise, and nothing else. What is read here gives
+Only processors that do no more than resize, cut the centre, rescale and normalise are accepted. What is read here gives
 the pixels of `transformers.AutoImageProcessor.from_pretrained(FOLDER, backend="pil")`; the other backend rounds a
 little differently. Two things are ours: EXIF orientation is applied, and alpha is dropped (transformers 5 lays such
 images over white).
@@ -22,12 +22,12 @@ NESTED_NAME = "processor_config.json"  # of a whole CLIPProcessor, as transforme
 FIX = "Take the file of the model's own release."
 MAX_SIDE = 16384
 RESAMPLE: dict[int, Interpolation] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-REFUSED_RESAMPLE = {0: "nearest", 4: "box", 5: "hamming"}  # DALI has no box and hamming, and rounds ties otherwise
+REFUSED_RESAMPLE = {0: "nearest", 4: "box", 5: "hamming"}  # DALI has no box and hamming, and rounds ties differently
 KNOWN_STEPS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}
 
 _EDGE, _BOTH = {"shortest_edge": 224}, {"height": 224, "width": 224}
 _COMMON = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "crop_size": _BOTH}
-# What transformers takes for keys that a file leaves out (its mean and deviation are never left out), by processor.
+# By processor, transformers' defaults for keys that a file leaves out (mean and deviation are never left out).
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIP": _COMMON | {"size": _EDGE, "resample": 3, "do_center_crop": True, "int_is_square": False},
     "Bit": _COMMON | {"size": _EDGE, "resample": 3, "do_center_crop": True, "int_is_square": False},

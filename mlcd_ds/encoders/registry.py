@@ -25,7 +25,7 @@ from mlcd_ds.encoders.raw_pixels import raw_pixels
 from mlcd_ds.engine.weights import Weights
 from mlcd_ds.errors import UserError
 
-# Sides in pixels that are taken with @SIZE where the network itself does not say.
+# Sides in pixels that @SIZE may give where the network itself sets no limits.
 PIXELS_SIDES = (2, 512)
 EFFICIENTNET_SIDES = (32, 1024)
 

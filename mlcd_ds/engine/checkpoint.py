@@ -1,9 +1,9 @@
-"""Checkpoints of a run: written beside, renamed when whole, checked before they are read.
+"""Checkpoints of a run: written under another name, renamed when complete, checked before they are read.
 
 RUN/checkpoints/step_00000100/ holds the backbone's fp32 weights (for evaluation and export, too), the optimizer's
 moments, the head by class range, and checkpoint.json, which names every file with its checksum. Nothing in it depends
-on the layout: another number of ranks, ZeRO stage or size of groups goes on from it. A kill at any moment leaves the
-previous checkpoint as it was.
+on the layout: a run with another number of ranks, ZeRO stage or size of groups can resume from it. A kill at any
+moment leaves the previous checkpoint as it was.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ logger = logging.getLogger("mlcd_ds")
 
 
 def git_commit() -> str | None:
-    """The commit of the source tree, where it is one."""
+    """The commit of the source tree, where it is a git checkout."""
     try:
         here = Path(__file__).resolve().parent
         command = ["git", "-C", str(here), "rev-parse", "HEAD"]
@@ -76,7 +76,7 @@ class Checkpointer:
     def save(self, step: int) -> Path:
         """Write the state after `step` steps, then drop the oldest checkpoints. Collective.
 
-        Raises UserError when it cannot be written, or would hold what is no number; earlier checkpoints stay.
+        Raises UserError when it cannot be written, or would hold values that are not finite; earlier ones stay.
         """
         self._check_finite(step)
         final = self._folder / f"step_{step:08d}"
@@ -109,7 +109,7 @@ class Checkpointer:
         return [folder for folder in old if not every or int(folder.name.removeprefix("step_")) % every]
 
     def _check_finite(self, step: int) -> None:
-        """All ranks refuse alike. Collective."""
+        """All ranks raise the same UserError, or none does. Collective."""
         head = (self._head.weight_LE, *self._head_optimizer.state.values())
         is_finite = self._state.is_finite and all(bool(tensor.isfinite().all()) for tensor in head)
         if self._group.all_reduce_max(torch.tensor([float(not is_finite)])).item():
@@ -147,7 +147,7 @@ class Checkpointer:
             write_checkpoint_manifest(partial, manifest)
 
     def _records(self, folder: Path) -> dict[str, FileRecord]:
-        """Flush and sum up all files, dealt over the ranks. Collective."""
+        """Flush and checksum all files, dealt over the ranks. Collective."""
         # All ranks go by the first one's listing: on a network file system listings may differ for a while.
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         names = self._group.gather_objects(names)[0]
@@ -179,7 +179,7 @@ class Checkpointer:
         return manifest.step
 
     def _set_incomplete_aside(self) -> None:
-        """Rename what is left of checkpoints without their checkpoint.json: they would stand where one is saved."""
+        """Rename remains of checkpoints that have no checkpoint.json: they would be in the way of a save."""
         for folder in sorted(self._folder.glob("step_*")):
             if not (folder / CHECKPOINT_NAME).exists():
                 aside = folder.with_name(f"incomplete_{folder.name}_{time.time_ns()}")
@@ -210,7 +210,7 @@ def check_files(folder: Path, manifest: CheckpointManifest, names: list[str], gr
     mine = sorted(names)[group.rank :: group.size]
     bad = [name for name in mine if not _is_whole(folder / name, manifest.files[name])]
     bad = [name for part in group.gather_objects(bad) for name in part]
-    # A head file that nobody listed would be read with the others.
+    # A head file that the manifest does not list would be read with the others.
     bad += [path.name for path, _, _ in head_files(folder) if path.name not in manifest.files]
     if bad:
         raise UserError(f"{folder / bad[0]} is missing, damaged, or of another checkpoint. {older_checkpoint(folder)}")

@@ -16,17 +16,17 @@ from mlcd_ds.heads.partial_fc import HeadOutput
 
 @dataclass(frozen=True)
 class GradientFactors:
-    """What a micro-batch's gradients are multiplied by. The only place that says so.
+    """The factors on a micro-batch's gradients, defined nowhere else.
 
-    The head gives the gradient of the mean over a micro-batch of all ranks: whole for its own rows, and for the
-    embeddings of a rank.
+    The head gives the gradient of the mean over a micro-batch of all ranks: complete for the rows that a rank owns, and
+    for its embeddings.
     """
 
     rows: float
-    """The head only adds up what micro-batches give: 1 / their number."""
+    """1 / the number of micro-batches: the head only adds up their gradients."""
     embeddings: float
     """`engine.backward` divides by the number of micro-batches itself. The engine then averages over the data-parallel
-    ranks where the gradient of the mean over all images is the sum: their number."""
+    ranks, but the gradient of the mean over all images is their sum: hence the number of these ranks."""
 
     @classmethod
     def of(cls, num_micro_batches: int, data_parallel: int) -> GradientFactors:

@@ -31,7 +31,7 @@ GPUS = {
 
 
 def gpu_named(device_name: str) -> Gpu | None:
-    """The GPU that CUDA calls so ("NVIDIA A100-SXM4-80GB"), None where it is not in the table."""
+    """The GPU with this name in CUDA ("NVIDIA A100-SXM4-80GB"), None where it is not in the table."""
     name = device_name.lower()
     return next((gpu for key, gpu in GPUS.items() if all(part in name for part in key.split("-"))), None)
 

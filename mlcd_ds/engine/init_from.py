@@ -85,12 +85,12 @@ class Start:
 
 
 def find_start(recipe: Recipe, labels: LabelStore, group: Group) -> Start | None:
-    """What train.init_from names; None without, and for a run that has checkpoints of its own. Collective.
+    """What train.init_from names; None if it is not set, or if the run has checkpoints of its own. Collective.
 
     UserError where it does not fit the recipe or the labels.
     """
     folder = recipe.train.init_from
-    # All go by the first rank's view: a run that is still trained has other checkpoints a moment later.
+    # All ranks use the first rank's view: a run that is still training may have other checkpoints a moment later.
     if folder is None or group.gather_objects(bool(checkpoint_folders(recipe.train.out)))[0]:
         return None
     if group.gather_objects((folder / CONFIG_NAME).exists())[0]:
@@ -120,7 +120,7 @@ def load_released(folder: Path, model: ViT) -> list[str]:
 
 
 def _fill(model: ViT, config: ViTConfig, state: dict[str, Tensor], folder: Path) -> list[str]:
-    """Copy a state of the shape `config` into a model of the same shape but for resolution and embedding.
+    """Copy a state of the shape `config` into a model whose shape differs at most in resolution and embedding.
 
     Learned positions are resized where the resolution differs; registers may be added.
     """

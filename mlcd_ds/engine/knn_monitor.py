@@ -29,7 +29,7 @@ K = 20
 
 
 class KnnMonitor:
-    """Features on all ranks, each its share; the accuracy on rank 0. Uses no random numbers of the training."""
+    """Each rank computes features of its share, rank 0 the accuracy. Draws none of the training's random numbers."""
 
     def __init__(
         self, recipe: Recipe, engine: Any, batch_size: int, layout: Layout, group: Group, device: torch.device

@@ -1,7 +1,7 @@
 """The parallel layout of a run: which ranks see which images, and which share layers and classes.
 
 Ranks [0, tensor_parallel) are the first tensor-parallel group, and so on: they see the same images, and each holds a
-part of every layer. What cannot be is refused here, with its numbers, before anything is built.
+part of every layer. Impossible layouts are refused here, naming the numbers, before anything is built.
 """
 
 from __future__ import annotations

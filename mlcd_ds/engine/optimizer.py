@@ -32,7 +32,7 @@ def backbone_optimizer(model: ViT, config: OptimizerConfig, zero_stage: int = 0)
         group["weight_decay"] = config.weight_decay if is_matrix else 0.0
         if is_muon:
             group |= {"lr_scale": scale * config.muon_lr_scale, "momentum": config.muon_momentum}
-            group["weight_decay"] /= config.muon_lr_scale  # decay is a factor on the rate, and is to stay as it was
+            group["weight_decay"] /= config.muon_lr_scale  # decay is multiplied by the rate: this keeps it as it was
         else:
             group |= {"betas": config.betas, "eps": config.eps}
         described.append(group)

@@ -1,4 +1,4 @@
-"""In what a run computes: decided here, from the recipe, the DeepSpeed file and the layout, and nowhere else."""
+"""The precision of a run: decided here alone, from the recipe, the DeepSpeed file and the layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_autocast(precision: str, zero_stage: int) -> bool:
 
 def head_config(recipe: Recipe, device: torch.device) -> HeadConfig:
     """The head's settings with its precision decided: "auto" is bf16, but fp32 where the backbone's is, or where
-    `device` has no bf16. UserError when bf16 is asked for there."""
+    `device` has no bf16. UserError when bf16 is asked for on such a device."""
     if recipe.head.precision == "bf16":
         check_bf16(device, "head.precision bf16", "set head.precision=fp32 or auto")
     if recipe.head.precision != "auto":

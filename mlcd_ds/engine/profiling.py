@@ -10,9 +10,9 @@ from mlcd_ds.errors import UserError
 
 
 class StepProfiler:
-    """Traces steps first ... last (counted from 1) into RUN/profile/, all that the process does between them, too.
+    """Traces steps first ... last (counted from 1) into RUN/profile/, with all that the process does between them.
 
-    A run that ends in between writes what it has; one that goes on from within them traces those that are left.
+    A run that ends before the last of them writes what it has; one that resumes after the first traces the rest.
     """
 
     def __init__(self, out: Path, steps: tuple[int, int] | None) -> None:
@@ -21,14 +21,14 @@ class StepProfiler:
         self._first = self._last = 0
 
     def before(self, step: int) -> None:
-        """Before step `step`, counted from 0."""
+        """Call before step `step`, counted from 0."""
         if self._steps and self._record is None and self._steps[0] <= step + 1 <= self._steps[1]:
             self._first = step + 1
             self._record = profile()
             self._record.start()
 
     def after(self, step: int) -> None:
-        """After it."""
+        """Call after step `step`."""
         self._last = step + 1
         if self._steps and self._last == self._steps[1]:
             self.close()

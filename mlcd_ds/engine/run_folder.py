@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, whether its run is finished, and the files that are kept with it.
+"""A run's folder: which run owns it, whether that run is finished, and the files kept with it.
 
 config.yaml is the resolved recipe and deepspeed.json the DeepSpeed file, both as of the last start; manifest.json comes
 when the last step is done. weights.py reads the checkpoints, checkpoint.py writes them.
@@ -52,7 +52,7 @@ def run_inputs(index: ShardIndex, labels: LabelStore) -> dict[str, str]:
 
 
 def claim_folder(recipe: Recipe, ds_file: dict[str, Any], inputs: dict[str, str], group: Group) -> bool:
-    """Make the folder this run's, and keep recipe and DeepSpeed file in it. Returns whether the run is finished.
+    """Claim the folder for this run, and write recipe and DeepSpeed file into it. Returns whether the run is finished.
 
     Collective. UserError when the folder holds another run.
     """
@@ -63,7 +63,7 @@ def claim_folder(recipe: Recipe, ds_file: dict[str, Any], inputs: dict[str, str]
             _check_same_run(read_run_recipe(out), recipe)
         _tell_changes(out / DEEPSPEED_NAME, ds_file)
     finished_at = _finished_at(out, inputs)
-    group.barrier()  # all have read what is written now
+    group.barrier()  # all ranks have read the files that are written below
     if finished_at == recipe.train.steps:
         return True
     if group.is_main:
@@ -76,7 +76,7 @@ def claim_folder(recipe: Recipe, ds_file: dict[str, Any], inputs: dict[str, str]
 
 
 def write_train_manifest(recipe: Recipe, inputs: dict[str, str]) -> None:
-    """The last thing of a run: it is finished, and this is its final checkpoint."""
+    """The last step of a run: mark it finished, with its final checkpoint."""
     last = checkpoint_folders(recipe.train.out)[-1] / CHECKPOINT_NAME
     manifest = TrainManifest(
         stage="train",
@@ -148,7 +148,7 @@ def _check_rates(before: Recipe, recipe: Recipe, keys: str) -> None:
 
 
 def _tell_changes(path: Path, ds_file: dict[str, Any]) -> None:
-    """One line about what another DeepSpeed file says; the run goes on with it."""
+    """Log in one line how the DeepSpeed file has changed; the run goes on with the new one."""
     if not path.exists():  # an earlier version kept none
         return
     before = read_json_object(path, "Remove it: it is written again.")

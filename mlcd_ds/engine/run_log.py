@@ -1,11 +1,11 @@
-"""What a run tells: scalars as JSON lines and TensorBoard, and pages that show the data once.
+"""A run's log: scalars as JSON lines and in TensorBoard, and pages that show the data once.
 
 TensorBoard pages
   loss        the loss and its two terms
-  optimizer   learning rate; gradient norms; steps since the last entry that moved nothing, as the gradient of backbone
-              or head was not finite (in fp16 a high loss scale does that); the loss scale, where it is dynamic
+  optimizer   learning rate; gradient norms; steps skipped since the last entry, where the gradient of backbone or head
+              was not finite (in fp16 a high loss scale does that); the loss scale, where it is dynamic
   speed       images/s, TFLOP/s of a rank in the backbone's matmuls, MFU on known GPUs, share of time waiting for data;
-              over all the time between entries, but for kNN
+              over all the time between entries, except for kNN
   time        seconds of a step of rank 0, and of its parts: see engine/step_clock.py
   evaluation  kNN accuracy on data.knn_index (engine/knn_monitor.py)
   memory      the largest so far; progress: epochs
@@ -67,7 +67,7 @@ class RunLog:
 
 
 def entries_until(path: Path, step: int) -> list[bytes]:
-    """Lines of a metrics.jsonl up to a step. The last line may be cut, as a kill leaves it; another is a UserError."""
+    """Lines of a metrics.jsonl up to a step. A last line cut by a kill is dropped; any other bad line is an error."""
     *lines, _ = read_bytes(path, "Let it be read, or move it away.").split(b"\n")
     kept = []
     for number, line in enumerate(lines, 1):

@@ -36,7 +36,7 @@ def training_memory(
     has_average: bool = False,
     buffers: ZeroBuffers = ZeroBuffers(),  # noqa: B008  frozen
 ) -> dict[str, int]:
-    """Bytes of a rank at the fullest moment of a step with AdamW, by what takes them: their sum is the peak.
+    """Bytes on a rank at the peak of a step with AdamW, by use: their sum is the peak.
 
     `is_accumulated`: a step has several micro-batches. `has_average`: a moving average of the weights is kept. ZeRO's
     sharding is arXiv 1910.02054's, figure 1; the rest is what DeepSpeed 0.19 was seen to keep (benchmarks/memory.py):
@@ -53,7 +53,7 @@ def training_memory(
 
     weights = (owned if stage == 3 else count) * width
     if has_autocast:
-        weights += count * 2  # as they are multiplied
+        weights += count * 2  # autocast's bf16 copy
     if stage == 3 and layout.data_parallel > 1:
         weights += (min(count, buffers.live) + min(count, buffers.prefetched)) * width
     has_fp32_copy = stage > 0 or is_short
@@ -74,7 +74,7 @@ def training_memory(
     activations = Activations(config, precision, recompute, token_drop, layout.tensor_parallel, has_autocast)
     images = 3 * config.image_size**2 * 4
     copies = (owned * width if stage else 0) + (owned * 4 if is_short else 0)
-    # Also of the last reduction, which comes before the gradients' copies.
+    # fp32 copies for a reduction, also for the last one, which comes before the gradients' copies.
     reduced = min(buffers.fp32_copies, count * (2 if stage == 3 else 1)) * 4 if is_short else 0
     moments = (
         {

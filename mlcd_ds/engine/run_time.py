@@ -1,4 +1,4 @@
-"""How long a training step takes, by what GPUs multiply and what travels between them: bytes over a bandwidth."""
+"""How long a training step takes: from the products on a GPU, and from the bytes between GPUs over a bandwidth."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def traffic(
 
     A ring sends (N - 1) / N of a tensor to gather or scatter it over N ranks, twice as much to sum it for all.
     DeepSpeed sums whole buckets for all at stages 0 to 2, at each micro-batch from stage 2 on; stage 3 scatters the
-    sums, and gathers the weights for forward and for backward. What copies of the head (head.parallel_size) add up
-    between them is left out.
+    sums, and gathers the weights for forward and for backward. The sums between copies of the head (head.parallel_size)
+    are left out.
     """
     width = 4 if recipe.train.precision == "fp32" else 2
     stage, ring = layout.zero_stage, 1 - 1 / layout.data_parallel
@@ -57,7 +57,7 @@ def traffic(
     # Embeddings and their gradient, labels, sums and cosines: docs/head.md.
     head = images * (dim * (width + 4) + labels * 8 + 2 * (1 + labels) * 4) * (1 - 1 / shards)
     sums = 2 * (1 - 1 / layout.tensor_parallel) * tokens * recipe.model.width * width
-    within = 4 * recipe.model.depth * sums * micro_batch  # of two products a layer, there and back
+    within = 4 * recipe.model.depth * sums * micro_batch  # two pairs of products a block, forward and backward
     waited_for = head * num_micro_batches + (weights if stage in (1, 2) else 0)
     if stage == 3:
         gradients += 2 * weights * num_micro_batches
@@ -69,7 +69,7 @@ def traffic(
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step: computing, all communication, and what of it is not hidden behind computing."""
+    """Seconds of a step: computing, all communication, and the part of it that computing does not hide."""
 
     computing: float
     communication: float
@@ -77,7 +77,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The whole step."""
         return self.computing + self.exposed
 
 

@@ -25,11 +25,11 @@ class StepClock:
         self._wait_s = 0.0
 
     def start(self) -> None:
-        """A step begins; what has passed since the last one belongs to no part."""
+        """Begin a step; the time since the last one belongs to no part."""
         self._marks.append((None, self._now()))
 
     def mark(self, part: str) -> None:
-        """What has passed since the last mark belongs to `part`."""
+        """Set a mark; the time since the last one belongs to `part`."""
         self._marks.append((part, self._now()))
 
     def read(self) -> dict[str, float]:
@@ -63,7 +63,7 @@ class StepClock:
 
 
 def seconds_between(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    """From one mark to another, both done."""
+    """Seconds from one mark to another, both completed."""
     if isinstance(begin, float):
         assert isinstance(end, float)
         return end - begin

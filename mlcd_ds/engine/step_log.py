@@ -1,4 +1,4 @@
-"""From what steps did to entries of the run's log: each covers the steps since the last one."""
+"""Turns the results of steps into log entries, each of which covers the steps since the last entry."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class _Since:
-    """The last entry: its moment by `time.perf_counter`, the steps and the backbone's updates done by then."""
+    """The last entry: its time by `time.perf_counter`, and the steps and backbone updates done by then."""
 
     moment: float
     step: int
@@ -45,7 +45,7 @@ class _Since:
 
 
 class StepLog:
-    """Entries and progress bar, of rank 0; the other ranks only take part in what all have to do."""
+    """Entries and progress bar, on rank 0; the other ranks only join where all ranks are needed."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class StepLog:
         self.steps.set_postfix(loss=f"{float(result.loss):.3f}")
 
     def add_knn(self, done: int, knn: KnnMonitor) -> None:
-        """Compute the kNN accuracy, on all ranks, and note it. Its time is not the steps'. Collective."""
+        """Compute the kNN accuracy, on all ranks, and log it. Its time does not count as the steps'. Collective."""
         begin = time.perf_counter()
         accuracy = knn.accuracy()
         if self._log and accuracy is not None:

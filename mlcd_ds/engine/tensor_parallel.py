@@ -1,8 +1,8 @@
 """How a ViT's layers are split over a tensor-parallel group (Megatron-LM, arXiv 1909.08053, section 3).
 
-Of a pair of layers the first is split by its outputs, the second by its inputs: query, key, value and the MLP's first
-by rows of their weights, the attention's output and the MLP's second by columns. A pair costs one all-reduce [B, T, D]
-in each direction. Everything else is whole on every rank. DeepSpeed's AutoTP does the splitting.
+In a pair of layers the first is split by its outputs, the second by its inputs: query, key, value and the MLP's first
+layer by rows of their weights, the attention's output and the MLP's second layer by columns. A pair costs one
+all-reduce [B, T, D] in each direction. Everything else is whole on every rank. DeepSpeed's AutoTP does the splitting.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def gather_full(name: str, part: Tensor, group: Group | None) -> Tensor:
 
 
 def local_shard(name: str, tensor: Tensor, group: Group | None) -> Tensor:
-    """This rank's part of a whole parameter: what `gather_full` puts together."""
+    """This rank's part of a whole parameter: the inverse of `gather_full`."""
     dim = split_dim(name)
     if group is None or dim is None:
         return tensor

@@ -1,6 +1,6 @@
 """Accuracies from predictions.
 
-Shapes: M test examples, C classes.
+Shapes: M test samples, C classes.
 """
 
 import torch
@@ -14,14 +14,14 @@ def confusion_matrix(predictions_M: Tensor, labels_M: Tensor, num_classes: int) 
 
 
 def per_class_accuracy(confusion_CC: Tensor) -> Tensor:
-    """Return each class's recall [C] (float64); NaN for a class without a test example."""
+    """Return each class's recall [C] (float64); NaN for a class without a test sample."""
     return confusion_CC.diagonal().double() / confusion_CC.sum(1).double()
 
 
 def bootstrap_standard_error(correct_M: Tensor, generator: torch.Generator, num_resamples: int = 1000) -> float:
     """Standard error of the mean of `correct_M` over test sets redrawn with replacement.
 
-    It is the error from the choice of test examples only, not from training. It tends to sqrt(p (1 - p) / M).
+    It is the error from the choice of test samples only, not from training. It tends to sqrt(p (1 - p) / M).
     """
     correct_M = correct_M.to(generator.device, torch.float64)
     means = torch.empty(num_resamples, dtype=torch.float64)

@@ -1,6 +1,6 @@
 """Weighted k-nearest-neighbour classification on frozen features, as in Wu et al. 2018 and DINO.
 
-Shapes: N training examples, M test examples, D feature channels, C classes, m and n rows of a block of either.
+Shapes: N training samples, M test samples, D feature channels, C classes, m and n rows of a block of either.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def weighted_knn(
 ) -> dict[int, float]:
     """Return the top-1 accuracy on the test set for each k.
 
-    The k training examples of highest cosine similarity s vote for their label with weight exp(s / temperature).
+    The k training samples of highest cosine similarity s vote for their label with weight exp(s / temperature).
     At most `block` x `block` similarities are held at a time, on the features' device, in fp32 or better.
     Raises ValueError for a k that is not in [1, N].
     """

@@ -2,7 +2,7 @@
 
 CLIP's (Radford et al. 2021, A.3) uses one split; here several are drawn, and the accuracy is their mean.
 
-Shapes: N training examples, M test examples, D feature channels, C classes, S splits.
+Shapes: N training samples, M test samples, D feature channels, C classes, S splits.
 """
 
 from collections.abc import Callable
@@ -26,10 +26,10 @@ Progress = Callable[[float, float, int], None]
 
 @dataclass(frozen=True)
 class SplitResult:
-    """What one validation split chose, and what came of it."""
+    """The l2 that one validation split chose, and its results."""
 
     l2: float
-    accuracy: float  # on the test set, of the fit to all training examples with this l2
+    accuracy: float  # on the test set, of the fit to all training samples with this l2
     validation_accuracy: float  # at the chosen l2
     validation_curve: tuple[tuple[float, float], ...]  # (l2, validation accuracy), l2 rising
 
@@ -40,21 +40,21 @@ class ProbeResult:
 
     accuracy: float  # mean over the splits
     accuracy_se: float  # of that mean: sqrt(test_se^2 + split_sd^2 / S)
-    test_se: float  # bootstrap over the test examples
+    test_se: float  # bootstrap over the test samples
     split_sd: float  # standard deviation of one split's accuracy
-    mean_per_class: float  # over the classes with a test example
-    per_class_accuracy: tuple[float, ...]  # NaN for a class without a test example
+    mean_per_class: float  # over the classes with a test sample
+    per_class_accuracy: tuple[float, ...]  # NaN for a class without a test sample
     confusion_CC: Tensor  # counts summed over the splits; row true, column predicted
     predictions_SM: Tensor
     splits: tuple[SplitResult, ...]
     num_fits: int
-    num_unconverged: int  # fits, of the sweeps or to all training examples, that ended before they converged
+    num_unconverged: int  # fits, in sweeps or to all training samples, that ended unconverged
 
 
 def stratified_split(labels_N: Tensor, val_fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return disjoint indices (fit, validation) that share every class in the same proportion, sorted, on the CPU.
 
-    A class with two or more examples has at least one on either side; the only example of a class goes to fit.
+    A class with two or more samples has at least one on either side; the only sample of a class goes to fit.
     """
     if not 0.0 < val_fraction < 1.0:
         raise ValueError(f"val_fraction {val_fraction} must be in (0, 1)")
@@ -82,7 +82,7 @@ def linear_probe(
     tolerance: float = 1e-6,
     progress: Progress | None = None,
 ) -> ProbeResult:
-    """Measure on the test set the fits to all training examples, each with the l2 that one validation split chose.
+    """Measure on the test set the fits to all training samples, each with the l2 that one validation split chose.
 
     Every feature source is treated alike: centred on the training mean and divided by one number, the root mean square
     of the centred training features. With a free bias that leaves the set of classifiers and the penalty's shape as

@@ -1,6 +1,6 @@
 """Multinomial logistic regression by Newton's method, solved until a bound on what is left to gain is small.
 
-Shapes: N examples, D feature channels, C classes, E = D + 1 channels (the last is 1, its weight the bias).
+Shapes: N samples, D feature channels, C classes, E = D + 1 channels (the last is 1, its weight the bias).
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _DIRECT_MAX_PARAMETERS = 2048  # of a Hessian that is formed and factorised: 32 MiB
-_ROWS_A_BLOCK = 4096  # of the examples while it is formed
+_ROWS_A_BLOCK = 4096  # of the samples while it is formed
 _MAX_CG_STEPS = 2000
 _MAX_HALVINGS = 40
 
@@ -55,7 +55,7 @@ def fit_logistic(
     if start is not None:
         warm_CE = torch.cat([start.weight_CD, start.bias_C[:, None]], dim=1)
         warm = problem.at(warm_CE)
-        if warm[0] < objective:  # of other examples, at a weak l2, it may be worse than nothing
+        if warm[0] < objective:  # fitted to other samples, at a weak l2, it may be worse than the default start
             theta_CE, (objective, grad_CE, probs_NC) = warm_CE, warm
     iteration = 0
     while not (converged := problem.is_converged(objective, grad_CE, theta_CE, tolerance)):
@@ -127,7 +127,7 @@ class _Problem:
         return hessian.flatten(2).flatten(0, 1) + self.l2_E.repeat(num_classes).diag()
 
     def diagonal(self, probs_NC: Tensor) -> Tensor:
-        """The Hessian's diagonal [C, E], as if an example's probabilities were independent of its features."""
+        """The Hessian's diagonal [C, E], as if a sample's probabilities were independent of its features."""
         weight_C = (probs_NC * (1 - probs_NC)).sum(0)
         diagonal_CE = weight_C[:, None] * self.mean_square_E + self.l2_E
         return diagonal_CE.clamp_min(torch.finfo(probs_NC.dtype).tiny)
@@ -156,7 +156,7 @@ def _newton_step(problem: _Problem, objective: float, grad_CE: Tensor, probs_NC:
 
 
 def _conjugate_gradients(problem: _Problem, objective: float, grad_CE: Tensor, probs_NC: Tensor) -> Tensor:
-    """The step by preconditioned conjugate gradients, the closer the nearer the minimum is."""
+    """The step by preconditioned conjugate gradients, solved more closely as the minimum gets nearer."""
     diagonal_CE = problem.diagonal(probs_NC)
     step_CE, residual_CE = torch.zeros_like(grad_CE), -grad_CE
     scaled_CE = residual_CE / diagonal_CE

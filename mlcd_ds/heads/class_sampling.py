@@ -15,7 +15,7 @@ from mlcd_ds.heads.class_shards import ClassRange
 
 
 def mixed_seed(seed: int, step: int, part: int) -> int:
-    """A generator's 64 bits from a run's seed, the step, and whose draw it is."""
+    """A generator's 64-bit seed from a run's seed, the step, and the part that draws."""
     return ((seed * 1_000_003 + step) * 1_000_003 + part) % 2**63
 
 

@@ -23,7 +23,7 @@ FILE_NAME = re.compile(r"head-(\d+)-(\d+)\.safetensors")
 
 
 def save_head(folder: Path, head: PartialFCHead, optimizer: RowOptimizer) -> None:
-    """Write this rank's classes; of ranks that hold the same classes the first one writes."""
+    """Write this rank's classes; among ranks that hold the same classes only the first writes."""
     if head.groups.replicas and not head.groups.replicas.is_main:
         return
     path = folder / f"head-{head.classes.begin:010d}-{head.classes.end:010d}.safetensors"

@@ -89,7 +89,7 @@ class PartialFCHead(nn.Module):
         seed: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        """`config.precision` "auto" is fp32 here; whoever knows the backbone's precision decides."""
+        """`config.precision` "auto" means fp32 here; the caller, who knows the backbone's precision, decides before."""
         super().__init__()
         self.config, self.objective, self.groups, self.seed = config, objective, groups, seed
         self.classes = class_range(num_classes, groups.classes.size, groups.classes.rank)

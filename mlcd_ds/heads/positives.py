@@ -22,7 +22,7 @@ class Positives:
     """Pairs (image, label) whose label lives here, as places in [G, P] and as rows of the head.
 
     Compact: K is their number, which on a GPU the host would have to wait for. Else K is G * P, and pairs that live
-    elsewhere have some row of ours (spread out: additions to one row would queue) with `is_here_K` false.
+    elsewhere point to rows of this rank (spread out: additions to one row would queue) with `is_here_K` false.
     """
 
     places_K: Tensor

@@ -17,7 +17,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def has_triton(device: torch.device) -> bool:
-    """Whether Triton compiles for it, or interprets its kernels there, which is for tests."""
+    """Whether Triton compiles for the device, or (for tests) interprets its kernels there."""
     if device.type == "cpu":
         return os.environ.get("TRITON_INTERPRET") == "1"
     return torch.cuda.get_device_capability(device) >= BF16_CAPABILITY

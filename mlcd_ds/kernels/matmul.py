@@ -46,7 +46,7 @@ class Matmul:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within it, the CPU multiplies as said."""
+        """A context in which the CPU's products follow these settings."""
         backend = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 (set at run time, so no type checker knows it)
         before = backend.fp32_precision
         backend.fp32_precision = "bf16" if self.is_bf16 and self.device_type == "cpu" else before

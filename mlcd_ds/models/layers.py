@@ -149,7 +149,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.head_dim = width // heads  # and not the number of heads: tensor parallelism leaves a part of them here
+        self.head_dim = width // heads  # not the number of heads: under tensor parallelism a rank has only some
         self.q_proj = Linear(width, width)
         self.k_proj = Linear(width, width)
         self.v_proj = Linear(width, width)

@@ -66,7 +66,7 @@ def open_clip_config(config: ViTConfig) -> dict[str, Any]:
 
 
 def placeholder_text_tower(embed_dim: int) -> dict[str, Tensor]:
-    """What an open_clip model has besides its image tower, zeros all: no text tower, and none that looks like one."""
+    """All tensors of an open_clip model besides its image tower, as zeros: clearly not a usable text tower."""
     width, mlp_width, block = _TEXT["width"], 4 * _TEXT["width"], "transformer.resblocks.0."
     shapes = {
         "token_embedding.weight": (_TEXT["vocab_size"], width),

@@ -1,4 +1,4 @@
-"""Margins on the cosine of a positive: what is compared with the scale is harder to reach than the cosine itself."""
+"""Margins on the cosine of a positive: the value that the scale multiplies is harder to raise than the cosine."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""Label every image with its nearest centres: the multi-label targets of MLCD (paper, 3.2; eight a image).
+"""Label every image with its nearest centres: the labels of MLCD (paper, 3.2; eight an image).
 
 Writes beside the shards, which stay as they are, a file each: `NAME.npy`, int32 [n, P], nearest first, in index order;
 `similarity/NAME.npy`, fp16 [n, P], the cosine to each (or minus the squared distance, where the clusters are
-euclidean); and `sizes.npy`, int64 [C], the number of images whose nearest centre each centre is.
+euclidean); and `sizes.npy`, int64 [C], for each centre the number of images whose nearest it is.
 
   mlcd assign --embeddings runs/laion/embeddings --clusters runs/laion/clusters --out runs/laion/labels
 
-`report.html` and `report.json` beside them tell sizes and similarities, and TensorBoard shows the same.
+`report.html` and `report.json` beside them show sizes and similarities, and so does TensorBoard.
 
-With --threshold an image has the centres at least so similar, its nearest in any case, and at most --num-labels; the
-rest is -1. The paper compares this with a fixed number of labels. The next stage is `mlcd train`.
+With --threshold an image keeps the centres that are at least that similar, its nearest in any case, and at most
+--num-labels; the rest is -1. The paper compares this with a fixed number of labels. The next stage is `mlcd train`.
 """
 
 from __future__ import annotations

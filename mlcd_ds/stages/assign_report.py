@@ -128,7 +128,7 @@ def _pictures(
 
 
 def _another_member(labels_NP: np.ndarray, shard: int, label: int) -> tuple[float, int, int] | None:
-    """The first image of the same shard whose nearest centre a label is."""
+    """For a label: the first image of the same shard that has it as its nearest centre."""
     rows = np.flatnonzero(labels_NP[:, 0] == label)
     return (0.0, shard, int(rows[0])) if len(rows) else None
 

@@ -160,7 +160,7 @@ def cluster(options: Options, context: runner.Context, stop: StopRequest) -> int
 
 
 def check_numbers(options: Options, num_rows: int) -> None:
-    """UserError when so many images cannot make such clusters."""
+    """UserError when the options cannot be met with so many images."""
     centers = options.num_centers
     if centers > num_rows:
         raise UserError(f"--num-centers {centers} is more than the {num_rows} images: choose fewer.")
@@ -175,7 +175,7 @@ def check_numbers(options: Options, num_rows: int) -> None:
 
 
 def manifest_of(options: Options, store: EmbeddingStore) -> ClusterManifest:
-    """The manifest, but for what comes out."""
+    """The manifest, without the results."""
     return ClusterManifest(
         stage="cluster",
         parameters=parameters_of(options),
@@ -221,7 +221,7 @@ def leave_out_duplicates(options: Options, store: EmbeddingStore, group: Group) 
 
 
 def finish(out: Path, wanted: ClusterManifest, result: Clustering, duplicates: np.ndarray | None) -> None:
-    """Write the centres and the manifest, and say what came out."""
+    """Write the centres and the manifest, and log the result."""
     arrays = {"centers.npy": result.centers_CE.cpu().numpy()}
     if duplicates is not None:
         arrays["duplicates.npy"] = duplicates

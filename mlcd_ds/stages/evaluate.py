@@ -70,7 +70,7 @@ def compute_features(
 ) -> dict[str, ShardNote]:
     """Write features fp32 [n, D] and labels int64 [n] of the labelled images of each shard below `folder`.
 
-    Returns the shards' notes: on rank 0 all.
+    Returns the shards' notes: on rank 0 those of all shards.
     """
     decoder = EvaluationDecoder(options.batch_size, encoder.pixels, context.device, options.num_threads)
     numbers = {entry.name: number for number, entry in enumerate(index.shards) if entry.num_images}

@@ -61,7 +61,7 @@ class Options(runner.StageOptions):
 
 
 def find_shards(patterns: tuple[str, ...]) -> dict[str, Path]:
-    """Unique name -> path of every tar, in sorted order. Names keep what differs in the paths."""
+    """Unique name -> path of every tar, in sorted order. A name is the part in which the paths differ."""
     paths: list[Path] = []
     for pattern in patterns:
         # Not Path.resolve, which raises where links go in a circle.
@@ -104,7 +104,7 @@ class Sample:
 
 @contextmanager
 def damaged_headers() -> Iterator[None]:
-    """Whatever tarfile raises for damaged extended headers, many kinds, as its own error."""
+    """Turn the many kinds of errors that tarfile raises for damaged extended headers into its own."""
     try:
         yield
     except (tarfile.TarError, OSError):
@@ -269,7 +269,7 @@ def run(options: Options, context: runner.Context) -> None:
     )
     stamps = {name: stamp_of(path) for name, path in paths.items()}
     keys = {name: work_key("index", parameters, paths[name], stamp) for name, stamp in stamps.items()}
-    parameters["shards"] = work_key(keys)  # another set of shards, in another place or changed since, is another work
+    parameters["shards"] = work_key(keys)  # other, moved or changed shards make this other work
     wanted = IndexManifest(
         stage="index",
         parameters=parameters,

@@ -48,9 +48,9 @@ def write_note(folder: Path, name: str, note: ShardNote) -> None:
 
 
 def read_note(folder: Path, name: str, key: str) -> ShardNote | None:
-    """The note of a shard that is finished and still on disk, else None. A damaged note is none: the work is redone.
+    """The note of a shard that is finished and still on disk, else None. A damaged note counts as none: work is redone.
 
-    Files are compared by size here; whoever reads them compares their checksums.
+    Files are compared by size here; their readers compare the checksums.
     """
     try:
         note = read_model(folder / ".done" / f"{name}.json", ShardNote, "")

@@ -1,5 +1,5 @@
-"""What a run needs, before it is started: memory a GPU, time, images/s, what fits; and the clustering before.
-Needs no GPU and no data.
+"""What a run, and the clustering before it, will need: memory a GPU, time, images/s, what fits.
+The plan itself needs no GPU and no data.
 
   mlcd plan --recipe vit_l_14 --gpus 80 --gpu a100-80gb
   mlcd plan --recipe vit_b_16 --gpus 8 --gpu h100 --zero 2 train.recompute=mlp
@@ -41,7 +41,7 @@ from mlcd_ds.stages import runner
 GIB = 2**30
 BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 50_000_000}  # as in ds_configs/
 RUNTIME_GIB = 2.0  # CUDA's and NCCL's own: assumed
-MARGIN = 0.05  # of the memory that a plan leaves free: the allocator's gaps, and this plan's own errors
+MARGIN = 0.05  # share of the memory that a plan leaves free, for the allocator's gaps and the plan's own errors
 RECOMPUTES: tuple[Recompute, ...] = ("none", "mlp", "block")
 
 
@@ -87,7 +87,7 @@ class Job:
 
     @property
     def usable_gib(self) -> float:
-        """What a plan may take."""
+        """GiB of a GPU that a plan may use."""
         return self.gpu.memory_gib * (1 - MARGIN)
 
     def memory_gib(self, micro_batch: int, recompute: Recompute) -> dict[str, float]:

@@ -69,7 +69,7 @@ class Context:
 
 
 def configure_logging(is_main: bool) -> None:
-    """Rank 0 informs, the others speak only of errors."""
+    """Rank 0 logs everything, the other ranks only errors."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
 
@@ -82,7 +82,7 @@ def unwrap_optional(annotation: Any) -> Any:
 
 
 def is_main_rank() -> bool:
-    """Whether this rank is the one that speaks of what is the same on all."""
+    """Whether this rank is the one that reports what is the same on all ranks."""
     try:
         return detect_launch().is_main
     except UserError:
@@ -90,7 +90,7 @@ def is_main_rank() -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are short, and told by one rank."""
+    """A parser whose errors are short, and reported by one rank."""
 
     def error(self, message: str) -> NoReturn:
         if not is_main_rank():
@@ -203,11 +203,11 @@ def already_done(options: StageOptions, context: Context, kind: type[ManifestTyp
     """Whether `options.out` holds this stage's finished work with the same inputs and parameters.
 
     Raises UserError when it holds a finished work with others, unless --overwrite was given. Reads the same on every
-    rank. Files are compared by size here; whoever reads them compares their checksums.
+    rank. Files are compared by size here; their readers compare the checksums.
     """
     refuse_foreign_folder(options.out, wanted.stage)
     if options.overwrite and not options.dry_run:
-        if context.group.is_main:  # without it the folder is unfinished, should this run be interrupted
+        if context.group.is_main:  # so that the folder counts as unfinished if this run is interrupted
             remove_file(options.out / MANIFEST_NAME)
         return False
     if options.overwrite or not (options.out / MANIFEST_NAME).exists():
@@ -215,7 +215,7 @@ def already_done(options: StageOptions, context: Context, kind: type[ManifestTyp
     found = read_manifest(options.out, kind, wanted.stage)
     path = options.out / MANIFEST_NAME
     fix = "Choose another --out, or pass --overwrite to redo it."
-    parameters = wanted.model_dump(mode="json")["parameters"]  # tuples as the lists that JSON gave back
+    parameters = wanted.model_dump(mode="json")["parameters"]  # tuples become lists, as in what JSON gave back
     for key in sorted({*found.parameters, *parameters}):
         was, now = found.parameters.get(key), parameters.get(key)
         if was != now:

@@ -5,7 +5,7 @@
       --recipe vit_l_14 data.index=runs/laion/index data.labels=runs/laion/labels train.out=runs/vit_l_14
   sbatch slurm/train_vit_l.sh                                                        80 GPUs
 
-What is learned stands in the recipe (mlcd_ds/recipes, or a YAML file of yours); any of its keys can be given as
+The recipe says what is learned (mlcd_ds/recipes, or a YAML file of yours); any of its keys can be given as
 key=value. The same command, run again, goes on from the last checkpoint. SIGTERM and SIGUSR1 save a checkpoint and end
 the program with status 85, which means: start me again.
 """
