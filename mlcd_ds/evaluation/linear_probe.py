@@ -185,9 +185,15 @@ class _Sweep:
         self.scores: dict[int, tuple[float, float]] = {}  # accuracy, then negative cross-entropy to break ties
 
     def search(self) -> int:
-        """Try every second decade, then halve the stride around the best until the grid is met; 15 fits at most."""
+        """Try every second decade, then halve the stride around the best until the grid is met; 15 fits at most.
+
+        From strong to weak: two decades' steps in a row that are worse than the best end the first pass, as a weaker l2
+        is fitted ever more slowly and would be worse still.
+        """
         for step in range(len(L2_GRID) - 1, -1, -_COARSE_STRIDE):
             self._evaluate(step)
+            if self._best() >= step + 2 * _COARSE_STRIDE:
+                break
         stride = _COARSE_STRIDE
         while stride > 1:
             stride //= 2
