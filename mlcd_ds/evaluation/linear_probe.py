@@ -100,7 +100,6 @@ def linear_probe(
     train_ND, test_MD = _condition(train_ND.to(dtype), test_MD.to(dtype))
 
     sweeps: list[_Sweep] = []
-    starts: dict[int, LogisticFit] = {}
     for _ in range(num_splits):
         fit_index, val_index = stratified_split(train_labels_N, val_fraction, generator)
         if len(val_index) == 0:
@@ -108,13 +107,13 @@ def linear_probe(
         fit_index, val_index = fit_index.to(train_ND.device), val_index.to(train_ND.device)
         fit = (train_ND[fit_index], train_labels_N[fit_index])
         val = (train_ND[val_index], train_labels_N[val_index])
-        sweeps.append(_Sweep(*fit, *val, num_classes, max_iterations, tolerance, starts, progress))
+        sweeps.append(_Sweep(*fit, *val, num_classes, max_iterations, tolerance, progress))
     chosen = [sweep.search() for sweep in sweeps]
     finals = {
         step: fit_logistic(
-            train_ND, train_labels_N, num_classes, L2_GRID[step], starts[step], max_iterations, tolerance
+            train_ND, train_labels_N, num_classes, L2_GRID[step], sweep.fits[step], max_iterations, tolerance
         )
-        for step in sorted(set(chosen))
+        for step, sweep in dict(zip(chosen, sweeps, strict=True)).items()
     }
     predictions_SM = torch.stack([finals[step].logits(test_MD).argmax(1) for step in chosen])
     correct_SM = predictions_SM == test_labels_M
@@ -173,13 +172,11 @@ class _Sweep:
         num_classes: int,
         max_iterations: int,
         tolerance: float,
-        starts: dict[int, LogisticFit],
         progress: Progress | None,
     ) -> None:
         self.fit_ND, self.fit_labels_N = fit_ND, fit_labels_N
         self.val_MD, self.val_labels_M = val_MD, val_labels_M.long()
         self.num_classes, self.max_iterations, self.tolerance = num_classes, max_iterations, tolerance
-        self.starts = starts  # the latest fit at each step, of any split
         self.progress = progress
         self.fits: dict[int, LogisticFit] = {}
         self.scores: dict[int, tuple[float, float]] = {}  # accuracy, then negative cross-entropy to break ties
@@ -211,14 +208,15 @@ class _Sweep:
         return max(self.scores, key=lambda step: (*self.scores[step], step))
 
     def _evaluate(self, step: int) -> None:
-        nearest = min(self.starts, key=lambda other: (abs(other - step), -other), default=None)
-        start = None if nearest is None else self.starts[nearest]
+        # Of this split alone: at a weak l2 a fit to other examples is worse to start from than one at another l2.
+        nearest = min(self.fits, key=lambda other: (abs(other - step), -other), default=None)
+        start = None if nearest is None else self.fits[nearest]
         fit = fit_logistic(
             self.fit_ND, self.fit_labels_N, self.num_classes, L2_GRID[step], start, self.max_iterations, self.tolerance
         )
         logits_MC = fit.logits(self.val_MD)
         accuracy = float((logits_MC.argmax(1) == self.val_labels_M).double().mean())
-        self.fits[step] = self.starts[step] = fit
+        self.fits[step] = fit
         self.scores[step] = (accuracy, -float(F.cross_entropy(logits_MC, self.val_labels_M)))
         if self.progress is not None:
             self.progress(L2_GRID[step], accuracy, fit.num_iterations)
