@@ -76,6 +76,7 @@ def _from_pretrained(kind: Any, folder: Path) -> nn.Module:
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # it would print about the weights what is checked below
+    logging.disable_progress_bar()  # of a second's work, also where nobody watches
     try:
         with decoding(f"{folder}: the model (config.json, model.safetensors)", FIX):
             network, info = kind.from_pretrained(
