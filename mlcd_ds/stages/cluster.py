@@ -1,8 +1,8 @@
 """Cluster the embeddings: k-means over any number of ranks, spherical or euclidean.
 
-Writes the centres (`centers.npy`, fp32 [C, E]). The state is saved after every iteration; the same command, run again
-on the same or another number of ranks, goes on from there. Asked to stop (SIGTERM, SIGUSR1), it finishes the iteration,
-saves it, and ends with status 85.
+Writes the centres (`centers.npy`, fp32 [C, E]). The state is saved after every iteration (of short ones, every two
+seconds); the same command, run again on the same or another number of ranks, goes on from there. Asked to stop
+(SIGTERM, SIGUSR1), it finishes the iteration, saves it, and ends with status 85.
 
   mlcd cluster --embeddings runs/laion/embeddings --num-centers 1000000 --out runs/laion/clusters
   torchrun --nnodes 8 --nproc_per_node 8 -m mlcd_ds cluster ...
@@ -13,6 +13,7 @@ docs/clustering.md explains the options. The next stage is `mlcd assign`.
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from mlcd_ds.stages import runner
 from mlcd_ds.stages.per_shard import work_key
 
 SETTLING_ITERATIONS = 5
+SAVE_EVERY_S = 2.0  # iterations that are shorter are not worth a file each
 
 
 class Options(runner.StageOptions):
@@ -140,12 +142,18 @@ def cluster(options: Options, context: runner.Context, stop: StopRequest) -> int
         disable=not (group.is_main and sys.stderr.isatty()),
     )
 
+    saved_at = time.monotonic()
+
     def after_iteration(now: Clustering) -> bool:
-        if group.is_main:
+        nonlocal saved_at
+        is_asked = stop.is_asked(group)
+        is_end = is_asked or next_phase(now.history, rules) is None
+        if group.is_main and (is_end or time.monotonic() - saved_at >= SAVE_EVERY_S):
             save_state(state_path, key, now)
+            saved_at = time.monotonic()
         bar.update()
         bar.set_postfix(objective=f"{now.objective[-1]:.4f}", split=now.num_splits[-1])
-        return not stop.is_asked(group)
+        return not is_asked
 
     start = replace(start, centers_CE=start.centers_CE.to(device))
     result = kmeans(store, group, assigner, start, rules, after_iteration)

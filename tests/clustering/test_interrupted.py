@@ -23,6 +23,7 @@ from mlcd_ds.clustering.kmeans_state import STATE_NAME, load_state, save_state
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.stopping import EXIT_REQUEUE, StopRequest
 from mlcd_ds.errors import UserError
+from mlcd_ds.stages import cluster as cluster_stage
 from mlcd_ds.stages.cluster import Options, cluster, parameters_of, state_key
 from mlcd_ds.stages.runner import Context
 
@@ -43,7 +44,8 @@ def options_of(folder: Path, out: str, **changed: object) -> Options:
 
 
 def run(group: Group, options: Options, at: Callable[[str, tuple[Any, ...]], None] | None = None) -> int:
-    """The stage on this rank; `at` is called with Python's audit events."""
+    """The stage on this rank, which saves after each iteration; `at` is called with Python's audit events."""
+    cluster_stage.SAVE_EVERY_S = 0.0
     if at is not None:
         sys.addaudithook(at)
     with StopRequest() as stop:
@@ -68,7 +70,7 @@ def run_and_die(group: Group, options: Options, victim: int, iteration: int) -> 
 
 
 def run_and_stop(group: Group, options: Options) -> int:
-    """Rank 0 is asked to stop as it writes its second state."""
+    """Rank 0 is asked to stop as it writes its second state: it stops, and saves, after the third iteration."""
     seen = [0]
 
     def at(event: str, args: tuple[Any, ...]) -> None:
@@ -116,7 +118,7 @@ def test_a_rank_killed_in_any_iteration(folder: Path, lone_group: Group) -> None
 def test_asked_to_stop_it_saves_and_says_so(folder: Path, lone_group: Group) -> None:
     options = options_of(folder, "stopped")
     assert run_ranks(run_and_stop, 2, options) == [EXIT_REQUEUE, EXIT_REQUEUE]
-    assert len(load_state(options.out / STATE_NAME, key_of(options)).history) == 2
+    assert len(load_state(options.out / STATE_NAME, key_of(options)).history) == 3
     assert not (options.out / MANIFEST_NAME).exists()
     assert run(lone_group, options) == 0
     assert_same_result(folder, "stopped")
