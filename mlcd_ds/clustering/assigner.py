@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 Metric = Literal["cosine", "euclidean"]
 AssignerName = Literal["auto", "faiss", "torch", "triton"]
 Precision = Literal["auto", "fp32", "bf16"]
+
+
+def row_squares(rows_BE: Tensor) -> Tensor:
+    """|x|^2 [B], without a square [B, E] in memory."""
+    return torch.linalg.vector_norm(rows_BE, dim=1).square()
 
 
 class Assigner(Protocol):
@@ -21,5 +27,5 @@ class Assigner(Protocol):
     def set_centers(self, centers_CE: Tensor) -> None:
         """Take fp32 centres [C, E]."""
 
-    def search(self, rows_BE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Scores fp32 [B, k], largest first, and centres int64 [B, k]."""
+    def search(self, rows_BE: Tensor, k: int, squares_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scores fp32 [B, k], largest first, and centres int64 [B, k]. `squares_B`: |x|^2, where the caller has it."""

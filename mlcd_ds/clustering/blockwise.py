@@ -67,7 +67,7 @@ class BlockwiseAssigner:
         if len(self._tail_cE):
             yield num_centers // size * size, self._tail_cE, num_centers % size
 
-    def search(self, rows_BE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def search(self, rows_BE: Tensor, k: int, squares_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scores fp32 [B, k], largest first, and centres int64 [B, k]."""
         assert k <= len(self._centers_CE)
         rows_BE = rows_BE.to(self._device).float()

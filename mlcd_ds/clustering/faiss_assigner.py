@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlcd_ds.clustering.assigner import Metric
+from mlcd_ds.clustering.assigner import Metric, row_squares
 from mlcd_ds.errors import UserError
 
 
@@ -34,7 +34,7 @@ class FaissAssigner:
     def set_centers(self, centers_CE: Tensor) -> None:
         self._centers_CE = np.ascontiguousarray(centers_CE.cpu().float().numpy())
 
-    def search(self, rows_BE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def search(self, rows_BE: Tensor, k: int, squares_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         assert k <= len(self._centers_CE), "faiss fills up with centre -1"
         faiss, rows = self._faiss, np.ascontiguousarray(rows_BE.float().numpy())
         faiss.omp_set_num_threads(torch.get_num_threads())  # its own OpenMP would take all cores for every rank
@@ -43,8 +43,9 @@ class FaissAssigner:
         values, nearest = faiss.knn(rows, self._centers_CE, k, metric=kind)
         values_Bk = torch.from_numpy(values)
         if euclidean:
-            squares_B1 = torch.linalg.vector_norm(rows_BE.float(), dim=1, keepdim=True).square()
-            values_Bk = (squares_B1 - values_Bk) / 2
+            if squares_B is None:
+                squares_B = row_squares(rows_BE.float())
+            values_Bk = (squares_B[:, None] - values_Bk) / 2
         return values_Bk, torch.from_numpy(nearest)
 
 
@@ -63,13 +64,15 @@ class FaissGpuAssigner:
     def set_centers(self, centers_CE: Tensor) -> None:
         self._centers_CE = centers_CE.cuda().to(self._dtype).contiguous()
 
-    def search(self, rows_BE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def search(self, rows_BE: Tensor, k: int, squares_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         faiss, rows = self._faiss, rows_BE.cuda().to(self._dtype).contiguous()
         euclidean = self._metric == "euclidean"
         kind = faiss.METRIC_L2 if euclidean else faiss.METRIC_INNER_PRODUCT
         values_Bk, nearest_Bk = faiss.knn_gpu(self._resources, rows, self._centers_CE, k, metric=kind)
         if euclidean:
-            values_Bk = (rows.float().square().sum(dim=1, keepdim=True) - values_Bk) / 2
+            if squares_B is None:
+                squares_B = row_squares(rows.float())
+            values_Bk = (squares_B[:, None] - values_Bk) / 2
         return values_Bk.float(), nearest_Bk
 
 

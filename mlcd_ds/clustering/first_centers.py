@@ -213,7 +213,7 @@ class WithinCells:
     def set_centers(self, centers_CE: Tensor) -> None:
         self._centers_CE = centers_CE
 
-    def search(self, rows_BE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def search(self, rows_BE: Tensor, k: int, squares_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scores fp32 [B, 1] and centres int64 [B, 1]."""
         assert k == 1, "the second level has one centre a row"
         cell_B = self._cells.search(rows_BE, 1)[1][:, 0].to(rows_BE.device)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlcd_ds.clustering.assigner import Assigner, Metric
+from mlcd_ds.clustering.assigner import Assigner, Metric, row_squares
 from mlcd_ds.clustering.repair import Clusters
 from mlcd_ds.clustering.row_sampling import Sample
 from mlcd_ds.distributed.collectives import Group
@@ -167,10 +167,11 @@ def lloyd_step(
     assigner.set_centers(centers_CE)
     for numbers_B, stored_BE in rows.blocks(BLOCK_ROWS, sample):
         rows_BE = stored_BE.to(device).float()
-        scores_B1, nearest_B1 = assigner.search(rows_BE, 1)
+        squares_B = row_squares(rows_BE)
+        scores_B1, nearest_B1 = assigner.search(rows_BE, 1, squares_B)
         nearest_B = nearest_B1[:, 0].to(device)
         scores_B = scores_B1[:, 0].to(device).double()
-        squares_B = torch.linalg.vector_norm(rows_BE, dim=1).square().double()
+        squares_B = squares_B.double()
         totals_3[0] += scores_B.sum()
         totals_3[1] += squares_B.sum()
         totals_3[2] += len(rows_BE)

@@ -32,6 +32,8 @@ class Clusters:
 
     def split(self, moved_M: np.ndarray, split_M: np.ndarray, metric: Metric, generator: np.random.Generator) -> None:
         """Each moved centre takes one half of its partner's cluster: the two step apart in a random direction."""
+        if not len(moved_M):
+            return
         device = self.centers_CE.device
         moved, partners = torch.from_numpy(moved_M).to(device), torch.from_numpy(split_M).to(device)
         whole_ME = self.centers_CE[partners]

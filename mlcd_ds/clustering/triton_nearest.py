@@ -81,7 +81,7 @@ class TritonAssigner:
         # Triton's interpreter multiplies the bit patterns of bf16: there, rounded values come as fp32.
         return factors if self.device.type == "cuda" else factors.float()
 
-    def search(self, rows_BE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def search(self, rows_BE: Tensor, k: int, squares_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scores fp32 [B, k], largest first, and centres int64 [B, k]."""
         rows_BE = rows_BE.to(self.device).float().contiguous()
         scores_Bk = torch.empty(len(rows_BE), k, device=self.device)
