@@ -42,6 +42,7 @@ def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config
     # On CPUs DeepSpeed would compile a shared-memory all-reduce for inference and map 69 MB a rank of /dev/shm for it,
     # which a killed process leaves behind. Training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    allow_fp16_on_cpus()
     mpu: Any = None
     if (size := config.get("tensor_parallel", {}).get("autotp_size", 1)) > 1:
         from deepspeed.utils import groups
@@ -57,6 +58,13 @@ def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config
     if hasattr(engine.optimizer, "fp32_groups"):  # fp16 without ZeRO: DeepSpeed made a step without gradients
         engine.optimizer.optimizer.state.clear()
     return engine
+
+
+def allow_fp16_on_cpus() -> None:
+    """torch multiplies fp16 on any CPU; DeepSpeed refuses it on those without instructions for it (AVX512-FP16)."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    CPU_Accelerator.is_fp16_supported = lambda _: True
 
 
 def step_engine(engine: Any) -> float | torch.Tensor | None:
