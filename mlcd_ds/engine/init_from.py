@@ -1,4 +1,5 @@
-"""Starting a run from given weights: a run of ours, backbone and head; or a Hugging Face folder, the backbone alone.
+"""Starting a run from given weights: a run of ours, backbone and objective; or a Hugging Face folder, the backbone
+alone.
 
 Only the weights are taken: the optimizer's state, the step and the order of samples are the new run's own.
 """
@@ -13,7 +14,7 @@ from torch import Tensor
 from mlcd_ds.artefacts.manifest import check_outputs
 from mlcd_ds.artefacts.readers import decoding, read_json_object, read_tensors
 from mlcd_ds.config import Recipe, parse_recipe
-from mlcd_ds.data.label_store import LabelStore
+from mlcd_ds.data.fields import TrainingData
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.checkpoint import check_files
 from mlcd_ds.engine.weights import (
@@ -26,11 +27,11 @@ from mlcd_ds.engine.weights import (
     read_checkpoint,
 )
 from mlcd_ds.errors import UserError
-from mlcd_ds.heads.head_state import FILE_NAME, load_head
-from mlcd_ds.heads.partial_fc import PartialFCHead
 from mlcd_ds.models.convert import from_vision_model
 from mlcd_ds.models.positions import resize_positions
 from mlcd_ds.models.vit import ViT, ViTConfig
+from mlcd_ds.objectives.base import Objective
+from mlcd_ds.objectives.registry import kind_of
 
 POSITIONS, REGISTERS = "embeddings.position_embedding.weight", "embeddings.register_embedding"
 PROJECTION = "projection.weight"
@@ -44,26 +45,30 @@ class Start:
     checkpoint: CheckpointManifest | None
     group: Group
 
-    def check(self, model: ViTConfig, labels: LabelStore) -> None:
-        """Raise UserError where a run's backbone or centres are not for this model or these labels."""
+    def check(self, recipe: Recipe, data: TrainingData) -> None:
+        """Raise UserError where a run's backbone, or what its objective kept, is not for this recipe or this data."""
         if self.checkpoint is None:
             return
         source = f"train.init_from {self.folder}"
         alone = "or take the backbone alone: --init-from an export of that run"
-        trained = parse_recipe(self.checkpoint.recipe, str(self.folder / CHECKPOINT_NAME)).model
-        _check_shape(trained, model, self.folder)
-        if trained.embed_dim != model.embed_dim:
-            raise UserError(
-                f"{source} has an embedding of {trained.embed_dim}, model.embed_dim is {model.embed_dim}: take that, "
-                f"{alone}."
-            )
-        if self.checkpoint.num_classes != labels.num_centers:
-            difference = f"has {self.checkpoint.num_classes} centres, {labels.folder} names {labels.num_centers}"
-        elif not _has_same_clusters(self.checkpoint.inputs, labels):
-            difference = f"was trained on other clusters than those of {labels.folder}"
-        else:
+        before, model = self._recipe, recipe.model
+        _check_shape(before.model, model, self.folder)
+        if kind_of(before.objective) is not kind_of(recipe.objective):
             return
-        raise UserError(f"{source} {difference}. Give labels of its clusters (`mlcd assign --clusters`), {alone}.")
+        if before.model.embed_dim != model.embed_dim:
+            raise UserError(
+                f"{source} has an embedding of {before.model.embed_dim}, model.embed_dim is {model.embed_dim}: take "
+                f"that, {alone}."
+            )
+        kind = kind_of(recipe.objective)
+        if difference := kind.check_start(self.checkpoint.objective, self.checkpoint.inputs, data):
+            raise UserError(f"{source} {difference}, {alone}.")
+
+    @property
+    def _recipe(self) -> Recipe:
+        """Of the run that it is a checkpoint of."""
+        assert self.checkpoint
+        return parse_recipe(self.checkpoint.recipe, str(self.folder / CHECKPOINT_NAME))
 
     def fill_backbone(self, model: ViT) -> list[str]:
         """Fill an initialised backbone; returns what was done, in words. UserError names what does not fit."""
@@ -72,22 +77,23 @@ class Start:
         trained = load_backbone(self.folder)
         return ["the backbone", *_fill(model, trained.config, dict(trained.state_dict()), self.folder)]
 
-    def fill_head(self, head: PartialFCHead) -> list[str]:
-        """Fill the centres from a run's checkpoint, which any number of ranks has written; returns what was done.
-
-        Collective.
+    def fill_objective(self, objective: Objective) -> list[str]:
+        """Give an objective its first values: from a run's checkpoint, which any number of ranks has written, where it
+        is one of the same kind. Returns what was done. Collective.
         """
-        assert self.checkpoint, "a Hugging Face folder has no head"
-        names = [name for name in self.checkpoint.files if FILE_NAME.fullmatch(name)]
-        check_files(self.folder, self.checkpoint, names, self.group)
-        load_head(self.folder, head, None)
-        return [f"the head's {head.classes.num_classes} centres"]
+        if self.checkpoint is None or kind_of(self._recipe.objective) is not type(objective):
+            objective.init_weights()
+            return []
+        pattern = objective.own_files
+        names = [name for name in self.checkpoint.files if pattern and pattern.fullmatch(name)]
+        check_files(self.folder, self.checkpoint, names, self.group, pattern)
+        return objective.start_from(self.folder)
 
 
-def find_start(recipe: Recipe, labels: LabelStore, group: Group) -> Start | None:
+def find_start(recipe: Recipe, data: TrainingData, group: Group) -> Start | None:
     """What train.init_from names; None if it is not set, or if the run has checkpoints of its own. Collective.
 
-    UserError where it does not fit the recipe or the labels.
+    UserError where it does not fit the recipe or the data.
     """
     folder = recipe.train.init_from
     # All ranks use the first rank's view: a run that is still training may have other checkpoints a moment later.
@@ -97,7 +103,7 @@ def find_start(recipe: Recipe, labels: LabelStore, group: Group) -> Start | None
         folder = group.gather_objects(newest_checkpoint(folder))[0]
     is_ours = (folder / CHECKPOINT_NAME).exists()
     start = Start(folder, read_checkpoint(folder) if is_ours else None, group)
-    start.check(recipe.model, labels)
+    start.check(recipe, data)
     return start
 
 
@@ -145,10 +151,3 @@ def _check_shape(config: ViTConfig, model: ViTConfig, folder: Path) -> None:
     for key, value in model.model_dump(exclude=adapted).items():
         if getattr(config, key) != value:
             raise UserError(f"train.init_from {folder} has {key} {getattr(config, key)}, model.{key} is {value}.")
-
-
-def _has_same_clusters(inputs: dict[str, str], labels: LabelStore) -> bool:
-    """Whether a checkpoint's classes are those that the labels name."""
-    if "clusters" in inputs:
-        return inputs["clusters"] == labels.manifest.inputs["clusters"]
-    return inputs["labels"] == labels.manifest.fingerprint  # an earlier version

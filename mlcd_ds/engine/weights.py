@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from mlcd_ds.artefacts.files import FileRecord, seal_of, write_json
 from mlcd_ds.artefacts.readers import check_size, decoding, read_json_object, read_tensors, read_yaml
@@ -29,7 +29,7 @@ class CheckpointManifest(Frozen):
     num_ranks: int
     zero_stage: int
     tensor_parallel: int = 1
-    num_classes: int
+    objective: dict[str, int] = Field(default_factory=dict)  # what the objective notes of its files
     num_updates: int | None = None  # none in those of earlier versions, which hold no whole moments
     loss_scale: dict[str, float] = Field(default_factory=dict)
     inputs: dict[str, str]
@@ -39,6 +39,15 @@ class CheckpointManifest(Frozen):
     versions: dict[str, str]
     git_commit: str | None
     seal: str | None = None  # none in those of earlier versions
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, content: Any) -> Any:
+        """They knew one kind of objective, and had its number beside the others."""
+        if isinstance(content, dict) and "num_classes" in content:
+            others = {key: value for key, value in content.items() if key != "num_classes"}
+            return {"objective": {"num_classes": content["num_classes"]}, **others}
+        return content
 
 
 def write_checkpoint_manifest(folder: Path, manifest: CheckpointManifest) -> None:

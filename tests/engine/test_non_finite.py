@@ -34,7 +34,8 @@ def content(trainer: Trainer) -> dict[str, Tensor]:
     found = {name: state.get(name).clone() for name in state.names}
     for name in state.names:
         found |= {f"{moment}/{name}": state.get(name, moment).clone() for moment in state.moments(name)}
-    head = {"head": trainer.head.weight_LE, **trainer.head_optimizer.state}
+    objective = trainer.objective
+    head = {"head": objective.head.weight_LE, **objective.optimizer.state}
     return found | {name: tensor.clone() for name, tensor in head.items()}
 
 

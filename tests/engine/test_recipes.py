@@ -14,7 +14,6 @@ import yaml
 from pydantic import ValidationError
 
 from mlcd_ds.config import (
-    OptimizerConfig,
     Recipe,
     apply_override,
     changed_keys,
@@ -35,10 +34,13 @@ from mlcd_ds.engine.hardware import GPUS, gpu_named
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.optimizer import backbone_optimizer, set_learning_rate
 from mlcd_ds.engine.phases import Phase, phase_at, phases
-from mlcd_ds.engine.precision import decide_precision, head_config
+from mlcd_ds.engine.precision import decide_precision
 from mlcd_ds.engine.schedule import learning_rate
 from mlcd_ds.errors import UserError
+from mlcd_ds.models.towers import Towers
 from mlcd_ds.models.vit import ViT, ViTConfig
+from mlcd_ds.objectives.class_centres import head_config
+from mlcd_ds.recipes.sections import OptimizerConfig
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 MODEL = {"image_size": 32, "patch_size": 16, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64, "embed_dim": 16}
@@ -93,7 +95,7 @@ def test_constant_schedule_and_cooldown() -> None:
 
 def test_layer_decay() -> None:
     model = ViT(ViTConfig(**{**MODEL, "positions": "rope2d"}))
-    optimizer = backbone_optimizer(model, OptimizerConfig(lr=1.0, warmup_steps=0, layer_decay=0.5))
+    optimizer = backbone_optimizer(Towers({"image": model}), OptimizerConfig(lr=1.0, warmup_steps=0, layer_decay=0.5))
     set_learning_rate(optimizer, 0.8)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     rates = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
@@ -107,7 +109,7 @@ def test_layer_decay() -> None:
 
 def test_decay_is_on_matrices_only() -> None:
     model = ViT(ViTConfig(**MODEL))
-    optimizer = backbone_optimizer(model, OptimizerConfig(lr=1e-3, weight_decay=0.2, warmup_steps=0))
+    optimizer = backbone_optimizer(Towers({"image": model}), OptimizerConfig(lr=1e-3, weight_decay=0.2, warmup_steps=0))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, plain = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]

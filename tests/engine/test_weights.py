@@ -45,7 +45,6 @@ def write_run(run: Path, recipe: Recipe, step: int = 8) -> Path:
         step=step,
         num_ranks=1,
         zero_stage=1,
-        num_classes=25,
         num_updates=step,
         inputs={},
         recipe=recipe.model_dump(mode="json"),
