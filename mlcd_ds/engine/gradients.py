@@ -20,16 +20,21 @@ class GradientFactors:
     for the rows of class centres that a rank owns.
     """
 
-    rows: float
+    own: float
     """1 / the number of micro-batches: what an objective keeps itself only adds up."""
-    embeddings: float
+    outputs: float
     """`engine.backward` divides by the number of micro-batches itself. The engine then averages over the data-parallel
     ranks, but the gradient of the mean over all images is their sum: hence the number of these ranks."""
 
     @classmethod
     def of(cls, num_micro_batches: int, data_parallel: int) -> GradientFactors:
         """For steps of so many micro-batches on so many data-parallel ranks."""
-        return cls(rows=1 / num_micro_batches, embeddings=data_parallel)
+        return cls(own=1 / num_micro_batches, outputs=data_parallel)
+
+    def of_whole(self, num_micro_batches: int) -> GradientFactors:
+        """Where the objective saw all micro-batches at once: what it gave is of the mean over the global batch, so
+        nothing is left of its own to average, and the engine's division must be undone."""
+        return GradientFactors(own=1.0, outputs=self.outputs * num_micro_batches)
 
 
 class _GivenGradient(torch.autograd.Function):
@@ -47,6 +52,7 @@ class _GivenGradient(torch.autograd.Function):
 
 
 def attach_gradient(outputs: Mapping[str, Tensor], given: Given, factors: GradientFactors) -> Tensor:
-    """A scalar loss for `engine.backward`, which hands each output that was given a gradient that gradient."""
-    gradients = [gradient * factors.embeddings for gradient in given.gradients.values()]
-    return _GivenGradient.apply(given.loss, *(outputs[name] for name in given.gradients), *gradients)
+    """A scalar loss for `engine.backward`, which hands its gradient to each trained output that was given one."""
+    names = [name for name in given.gradients if outputs[name].requires_grad]
+    gradients = [given.gradients[name] * factors.outputs for name in names]
+    return _GivenGradient.apply(given.loss, *(outputs[name] for name in names), *gradients)

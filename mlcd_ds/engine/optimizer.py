@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mlcd_ds.distributed.deepspeed import muon_optimizer
-from mlcd_ds.models.towers import Towers
+from mlcd_ds.models.towers import Towers, split_name
 from mlcd_ds.recipes.sections import OptimizerConfig
 
 # 2-D embeddings: no decay.
@@ -19,8 +19,9 @@ def backbone_optimizer(model: Towers, config: OptimizerConfig, zero_stage: int =
     """AdamW with decay on matrices, none on vectors (norms, biases, class token) and positions; by depth with
     `layer_decay`, as `lr_scale` of the groups. With "muon" the blocks' matrices are Muon's."""
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
-    for name, parameter in model.stored_parameters():
-        depth = model["image"].config.depth
+    for stored_name, parameter in model.stored_parameters():
+        tower, name = split_name(stored_name)
+        depth = model[tower].config.depth if tower in model.names else 0
         is_matrix = parameter.ndim >= 2 and not any(part in name for part in WITHOUT_DECAY)
         is_muon = config.name == "muon" and is_matrix and name.startswith("encoder.layers.")
         scale = config.layer_decay ** (depth + 1 - _layer(name, depth))
@@ -41,7 +42,7 @@ def backbone_optimizer(model: Towers, config: OptimizerConfig, zero_stage: int =
 
 
 def _layer(name: str, depth: int) -> int:
-    """0 for the embeddings, 1 ... depth for the blocks, depth + 1 for what comes after them."""
+    """0 for the embeddings, 1 ... depth for a tower's blocks, depth + 1 for what comes after them."""
     if name.startswith("encoder.layers."):
         return int(name.split(".")[2]) + 1
     return 0 if name.startswith(("embeddings", "pre_layrnorm", "rotary")) else depth + 1

@@ -21,6 +21,7 @@ from mlcd_ds.distributed.deepspeed import initialize_engine, step_engine
 from mlcd_ds.distributed.engine_state import engine_state
 from mlcd_ds.distributed.groups import ParallelGroups
 from mlcd_ds.distributed.stopping import StopRequest
+from mlcd_ds.engine.build_towers import TOWERS
 from mlcd_ds.engine.checkpoint import Checkpointer
 from mlcd_ds.engine.gradients import GradientFactors, attach_gradient
 from mlcd_ds.engine.init_from import find_start
@@ -35,9 +36,10 @@ from mlcd_ds.engine.step_log import StepLog, StepResult
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.noise import TrainingNoise
 from mlcd_ds.models.towers import Towers
-from mlcd_ds.models.vit import ViT
+from mlcd_ds.objectives.base import Given, join_outputs
 from mlcd_ds.objectives.registry import kind_of
 
+Norm = Tensor | float | None  # of the engine's gradient, before clipping
 logger = logging.getLogger("mlcd_ds")  # only rank 0 logs (stages/runner.py)
 
 
@@ -58,7 +60,8 @@ class Trainer:
         self.batch_slice = plan_batches(recipe, layout, group.rank)
         self.factors = GradientFactors.of(self.batch_slice.num_micro_batches, layout.data_parallel)
         kind = kind_of(recipe.objective)
-        towers = Towers({"image": ViT(recipe.model)}, kind.engine_module(recipe))
+        self.is_whole = kind.needs_whole_batch and self.batch_slice.num_micro_batches > 1
+        towers = Towers({name: TOWERS[name](recipe) for name in kind.towers}, kind.engine_module(recipe))
         towers.init_weights(torch.Generator().manual_seed(recipe.train.seed))
         start = find_start(recipe, data, group)
         notes = start.fill_backbone(towers["image"]) if start else []
@@ -122,19 +125,8 @@ class Trainer:
         token_drop = phase_at(self.recipe, step).token_drop
         self.objective.begin_step(step)
         clock.mark("other")
-        all_given = []
-        for _ in range(self.batch_slice.num_micro_batches):
-            batch = next(batches)
-            clock.mark("data")
-            outputs = self._forward(batch, token_drop)
-            clock.mark("forward")
-            given = self.objective(outputs, batch.fields, self.factors.rows)
-            clock.mark("head")
-            self.engine.backward(attach_gradient(outputs, given, self.factors))
-            clock.mark("backward")
-            backbone_norm = step_engine(self.engine)
-            clock.mark("optimizer")
-            all_given.append(given)
+        learn = self._learn_whole if self.is_whole else self._learn_by_micro_batch
+        all_given, backbone_norm = learn(batches, token_drop)
         measures = self.objective.step(lr)
         if self.recipe.train.ema_decay:
             self.state.update_average(average_decay(step, self.recipe.train.ema_decay))
@@ -144,11 +136,57 @@ class Trainer:
         clock.mark("other")
         return StepResult(loss, parts, backbone_norm, measures, lr)
 
+    def _learn_by_micro_batch(self, batches: Iterator[Batch], token_drop: float) -> tuple[list[Given], Norm]:
+        """The objective is called for each micro-batch: the loss is the mean of theirs."""
+        all_given, norm, clock = [], None, self.clock
+        for _ in range(self.batch_slice.num_micro_batches):
+            batch = next(batches)
+            clock.mark("data")
+            outputs = self._forward(batch, token_drop)
+            clock.mark("forward")
+            given = self.objective(outputs, batch.fields, self.factors.own)
+            clock.mark("head")
+            norm = self._backward(outputs, given, self.factors)
+            all_given.append(given)
+        return all_given, norm
+
+    def _learn_whole(self, batches: Iterator[Batch], token_drop: float) -> tuple[list[Given], Norm]:
+        """The objective is called once, for all micro-batches: each is embedded without gradient before, and again
+        with the gradient that it was given. The noise belongs to the images, so it is the same in both passes."""
+        clock, factors = self.clock, self.factors.of_whole(self.batch_slice.num_micro_batches)
+        held, embedded = [], []
+        for _ in range(self.batch_slice.num_micro_batches):
+            held.append(next(batches))
+            clock.mark("data")
+            with torch.no_grad():
+                embedded.append(self._forward(held[-1], token_drop))
+            clock.mark("forward")
+        fields = {name: torch.cat([batch.fields[name] for batch in held]) for name in held[0].fields}
+        given = self.objective(join_outputs(embedded), fields, factors.own)
+        clock.mark("head")
+        for batch, share in zip(held, given.shares(len(held)), strict=True):
+            outputs = self._forward(batch, token_drop)
+            clock.mark("forward")
+            norm = self._backward(outputs, share, factors)
+        return [given], norm
+
+    def _backward(self, outputs: dict[str, Tensor], given: Given, factors: GradientFactors) -> Norm:
+        self.engine.backward(attach_gradient(outputs, given, factors))
+        self.clock.mark("backward")
+        norm = step_engine(self.engine)
+        self.clock.mark("optimizer")
+        return norm
+
     def _forward(self, batch: Batch, token_drop: float) -> dict[str, Tensor]:
         """The towers' embeddings at unit length, fp32 [B, E], and what the objective's module adds."""
         noise = TrainingNoise(batch.keys_B, self.recipe.train.drop_path, token_drop)
-        outputs = self.engine(noise, image=batch.images_B3SS.to(self.dtype))
+        outputs = self.engine(noise, **self._inputs(batch))
         return outputs | {name: F.normalize(outputs[name].float(), dim=1) for name in self.tower_names}
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What each tower is given."""
+        given = {"image": batch.images_B3SS.to(self.dtype)}
+        return given | ({"text": batch.fields["tokens"]} if "text" in self.tower_names else {})
 
     def fit(self, stop: StopRequest) -> bool:
         """Train from the newest checkpoint to the last step. Returns False when asked to stop, after saving."""

@@ -19,6 +19,8 @@ CONFIG_NAME = "config.yaml"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_NAME = "checkpoint.json"
 BACKBONE_NAME, AVERAGE_NAME = "backbone.safetensors", "ema.safetensors"
+WEIGHT_FILES = {"image": BACKBONE_NAME, "text": "text.safetensors", "objective": "objective.safetensors"}
+AVERAGE_FILES = {"image": AVERAGE_NAME, "text": "ema-text.safetensors", "objective": "ema-objective.safetensors"}
 Weights = Literal["last", "ema"]
 
 

@@ -1,34 +1,40 @@
 """All that lives in the DeepSpeed engine: the towers that are trained, and an objective's small parameters.
 
-Shapes: B images, C colour channels (3), D width, E embedding.
+Shapes: B images or texts, D width, E embedding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mlcd_ds.models.layers import Recompute
 from mlcd_ds.models.noise import TrainingNoise
-from mlcd_ds.models.vit import ViT
+
+
+def split_name(stored_name: str) -> tuple[str, str]:
+    """Whose a stored parameter is, a tower's or "objective"'s, and its name there."""
+    first, _, rest = stored_name.partition(".")
+    return (first, rest) if first in ("text", "objective") else ("image", stored_name)
 
 
 class Towers(nn.Module):
     """Maps what a batch brings to named outputs: an embedding a tower, and what the objective's module adds."""
 
-    def __init__(self, towers: Mapping[str, ViT], objective: nn.Module | None = None) -> None:
+    def __init__(self, towers: Mapping[str, nn.Module], objective: nn.Module | None = None) -> None:
         super().__init__()
         self.names = tuple(towers)
         for name, tower in towers.items():
             self.add_module(name, tower)
         self.objective = objective
 
-    def __getitem__(self, name: str) -> ViT:
-        tower = getattr(self, name)
-        assert name in self.names and isinstance(tower, ViT)
-        return tower
+    def __getitem__(self, name: str) -> Any:
+        """A tower: a module with a config that has a depth, an encoder of blocks, `init_weights`, `set_recompute`."""
+        assert name in self.names
+        return getattr(self, name)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Set every parameter of every tower, one after the other, with random numbers from the generator only."""
@@ -61,7 +67,10 @@ class Towers(nn.Module):
         tensors in deeper structures.
         Within a DeepSpeed engine this is the only method that may be called: through the engine.
         """
-        outputs = {name: getattr(self, name)(given, noise, is_projected=is_projected) for name, given in inputs.items()}
+        outputs = {}
+        for name, given in inputs.items():
+            more = {"noise": noise, "is_projected": is_projected} if name == "image" else {}
+            outputs[name] = self[name](given, **more)
         if self.objective is not None and is_projected:
             outputs |= self.objective(outputs)
         return outputs

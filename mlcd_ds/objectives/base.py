@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -35,6 +35,25 @@ class Given:
     loss: Tensor
     parts: dict[str, Tensor]
     gradients: dict[str, Tensor]
+
+    def shares(self, count: int) -> list[Given]:
+        """Of a batch as a whole, what each of its `count` micro-batches is given: its own rows; and of what has no rows
+        an equal summand, as each forward pass has that output again."""
+        split = {
+            name: gradient.chunk(count) if gradient.ndim else (gradient / count,) * count
+            for name, gradient in self.gradients.items()
+        }
+        gradients = ({name: parts[number] for name, parts in split.items()} for number in range(count))
+        return [Given(self.loss, self.parts, given) for given in gradients]
+
+
+def join_outputs(micro_batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The outputs of a whole batch; of what has no rows, each micro-batch has the same."""
+    first = micro_batches[0]
+    return {
+        name: torch.cat([outputs[name] for outputs in micro_batches]) if first[name].ndim else first[name]
+        for name in first
+    }
 
 
 @dataclass(frozen=True)
@@ -65,6 +84,8 @@ class Objective(ABC):
     """Its `objective:` section; the literals of its `name` are the names under which a recipe asks for it."""
     sections: ClassVar[tuple[str, ...]] = ()
     """Other sections of a recipe that are for it; what these say is refused for objectives that do not list them."""
+    towers: ClassVar[tuple[str, ...]] = ("image",)
+    """Whose outputs it takes."""
     fields: ClassVar[tuple[str, ...]] = ()
     """What a batch must bring besides images (data/fields.py)."""
     needs_whole_batch: ClassVar[bool] = False
