@@ -8,9 +8,11 @@ from pydantic import BeforeValidator, Field
 
 from mlcd_ds.objectives.base import Objective
 from mlcd_ds.objectives.class_centres import ClassCentres
+from mlcd_ds.objectives.clip import Clip
+from mlcd_ds.objectives.siglip import Siglip
 from mlcd_ds.recipes.sections import ObjectiveConfig
 
-KINDS: tuple[type[Objective], ...] = (ClassCentres,)
+KINDS: tuple[type[Objective], ...] = (ClassCentres, Clip, Siglip)
 DEFAULT_NAME = "mlcd"
 
 
@@ -44,6 +46,6 @@ if TYPE_CHECKING:
 else:
     AnyObjectiveConfig = Annotated[
         Union[tuple(kind.config_type for kind in KINDS)],  # noqa: UP007  built from the list
-        Field(discriminator="name" if len(KINDS) > 1 else None),
+        Field(discriminator="name"),
         BeforeValidator(_with_name),
     ]
