@@ -131,8 +131,10 @@ def _read_with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: base {base!r} leads back to itself: {' -> '.join(map(str, (*chain, base_path)))}.")
     below = _read_with_bases(base_path, chain)
     below.pop("description", None)  # it describes another run
-    if kind_named(_name_in(content, "")) not in (None, kind_named(_name_in(below))):
-        for section in ("objective", *(name for name in Recipe.model_fields if owners_of_section(name))):
+    kind = kind_named(_name_in(content, ""))
+    if kind not in (None, kind_named(_name_in(below))):
+        others = [name for name in Recipe.model_fields if owners_of_section(name) and name not in kind.sections]
+        for section in ("objective", *others):
             below.pop(section, None)  # they are another objective's
     return _merged(below, content)
 

@@ -33,6 +33,7 @@ from mlcd_ds.engine.weights import (
     CHECKPOINT_NAME,
     CHECKPOINTS,
     CheckpointManifest,
+    FrozenTower,
     checkpoint_folders,
     older_checkpoint,
     read_checkpoint,
@@ -66,7 +67,9 @@ class Checkpointer:
         groups: ParallelGroups,
         inputs: dict[str, str],
         ds_config: dict[str, Any],
+        frozen: dict[str, FrozenTower] | None = None,
     ) -> None:
+        self._frozen = frozen or {}
         self._ds_config = ds_config
         self._recipe, self._layout, self._group, self._inputs = recipe, layout, groups.world, inputs
         self._state, self._objective, self._groups = state, objective, groups
@@ -140,6 +143,7 @@ class Checkpointer:
                 recipe=self._recipe.model_dump(mode="json"),
                 deepspeed=self._ds_config,
                 files=records,
+                frozen=self._frozen,
                 versions=library_versions(),
                 git_commit=self._git_commit,
             )

@@ -52,7 +52,7 @@ class _GivenGradient(torch.autograd.Function):
 
 
 def attach_gradient(outputs: Mapping[str, Tensor], given: Given, factors: GradientFactors) -> Tensor:
-    """A scalar loss for `engine.backward`, which hands its gradient to each trained output that was given one."""
-    names = [name for name in given.gradients if outputs[name].requires_grad]
+    """A scalar loss for `engine.backward`, which hands each of the outputs the gradient that it was given."""
+    names = [name for name in given.gradients if name in outputs]
     gradients = [given.gradients[name] * factors.outputs for name in names]
     return _GivenGradient.apply(given.loss, *(outputs[name] for name in names), *gradients)

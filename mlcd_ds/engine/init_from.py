@@ -9,32 +9,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import nn
 
-from mlcd_ds.artefacts.manifest import check_outputs
-from mlcd_ds.artefacts.readers import decoding, read_json_object, read_tensors
+from mlcd_ds.artefacts.readers import decoding, read_tensors
 from mlcd_ds.config import Recipe, parse_recipe
 from mlcd_ds.data.fields import TrainingData
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.checkpoint import check_files
+from mlcd_ds.engine.released import check_shape
 from mlcd_ds.engine.weights import (
     CHECKPOINT_NAME,
     CONFIG_NAME,
+    WEIGHT_FILES,
     CheckpointManifest,
     checkpoint_folders,
-    load_backbone,
+    fill_from,
     newest_checkpoint,
+    older_checkpoint,
     read_checkpoint,
 )
 from mlcd_ds.errors import UserError
-from mlcd_ds.models.convert import from_vision_model
-from mlcd_ds.models.positions import resize_positions
-from mlcd_ds.models.vit import ViT, ViTConfig
+from mlcd_ds.models.vit import ViT
 from mlcd_ds.objectives.base import Objective
 from mlcd_ds.objectives.registry import kind_of
-
-POSITIONS, REGISTERS = "embeddings.position_embedding.weight", "embeddings.register_embedding"
-PROJECTION = "projection.weight"
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,11 @@ class Start:
     checkpoint: CheckpointManifest | None
     group: Group
 
+    @classmethod
+    def at(cls, folder: Path, group: Group) -> Start:
+        """At a checkpoint's folder, or a Hugging Face folder."""
+        return cls(folder, read_checkpoint(folder) if (folder / CHECKPOINT_NAME).exists() else None, group)
+
     def check(self, recipe: Recipe, data: TrainingData) -> None:
         """Raise UserError where a run's backbone, or what its objective kept, is not for this recipe or this data."""
         if self.checkpoint is None:
@@ -52,8 +54,8 @@ class Start:
         source = f"train.init_from {self.folder}"
         alone = "or take the backbone alone: --init-from an export of that run"
         before, model = self._recipe, recipe.model
-        _check_shape(before.model, model, self.folder)
-        if kind_of(before.objective) is not kind_of(recipe.objective):
+        check_shape(before.model, model, self.folder)
+        if not self.is_of_kind(kind_of(recipe.objective)):
             return
         if before.model.embed_dim != model.embed_dim:
             raise UserError(
@@ -72,16 +74,29 @@ class Start:
 
     def fill_backbone(self, model: ViT) -> list[str]:
         """Fill an initialised backbone; returns what was done, in words. UserError names what does not fit."""
-        if self.checkpoint is None:
-            return ["the backbone", *load_released(self.folder, model)]
-        trained = load_backbone(self.folder)
-        return ["the backbone", *_fill(model, trained.config, dict(trained.state_dict()), self.folder)]
+        return ["the backbone", *fill_from(self.folder, model)]
+
+    def fill_other(self, name: str, module: nn.Module) -> list[str]:
+        """Fill another tower, or an objective's module ("objective"), where a run of such has one; returns what was
+        done. UserError names what does not fit."""
+        file_name = WEIGHT_FILES[name]
+        if self.checkpoint is None or file_name not in self.checkpoint.files:
+            return []
+        path, fix = self.folder / file_name, f"{older_checkpoint(self.folder)} Or take a recipe with the same tower."
+        tensors = read_tensors(path, fix, self.checkpoint.files[file_name])
+        with decoding(path, fix):
+            module.load_state_dict(tensors)
+        return [f"the {name} tower" if name != "objective" else "the scale"]
+
+    def is_of_kind(self, kind: type[Objective]) -> bool:
+        """Whether it is of a run with such an objective."""
+        return self.checkpoint is not None and kind_of(self._recipe.objective) is kind
 
     def fill_objective(self, objective: Objective) -> list[str]:
         """Give an objective its first values: from a run's checkpoint, which any number of ranks has written, where it
         is one of the same kind. Returns what was done. Collective.
         """
-        if self.checkpoint is None or kind_of(self._recipe.objective) is not type(objective):
+        if self.checkpoint is None or not self.is_of_kind(type(objective)):
             objective.init_weights()
             return []
         pattern = objective.own_files
@@ -101,53 +116,6 @@ def find_start(recipe: Recipe, data: TrainingData, group: Group) -> Start | None
         return None
     if group.gather_objects((folder / CONFIG_NAME).exists())[0]:
         folder = group.gather_objects(newest_checkpoint(folder))[0]
-    is_ours = (folder / CHECKPOINT_NAME).exists()
-    start = Start(folder, read_checkpoint(folder) if is_ours else None, group)
+    start = Start.at(folder, group)
     start.check(recipe, data)
     return start
-
-
-def load_released(folder: Path, model: ViT) -> list[str]:
-    """Fill an initialised backbone from a Hugging Face folder (a released CLIP or MLCD model, or `mlcd export`'s).
-
-    The projection is taken from projection.safetensors where that fits, else left as it was initialised. Returns what
-    was done besides copying, in words. UserError names the folder and what does not fit.
-    """
-    fix = "train.init_from takes a run, or a Hugging Face folder such as `mlcd export` writes."
-    check_outputs(folder)
-    released = read_json_object(folder / "config.json", fix)
-    tensors = read_tensors(folder / "model.safetensors", fix)
-    with decoding(f"train.init_from {folder}", fix):
-        config, state = from_vision_model(tensors, released)
-    projection = folder / "projection.safetensors"
-    if projection.exists() and (weight := read_tensors(projection, fix).get(PROJECTION)) is not None:
-        state[PROJECTION] = weight
-    return _fill(model, config, state, folder)
-
-
-def _fill(model: ViT, config: ViTConfig, state: dict[str, Tensor], folder: Path) -> list[str]:
-    """Copy a state of the shape `config` into a model whose shape differs at most in resolution and embedding.
-
-    Learned positions are resized where the resolution differs; registers may be added.
-    """
-    _check_shape(config, model.config, folder)
-    notes = []
-    if (positions := state.get(POSITIONS)) is not None and len(positions) != model.config.num_patches + 1:
-        state[POSITIONS] = resize_positions(positions, model.config.num_patches)
-        notes.append(f"positions resized from {config.image_size} to {model.config.image_size} px")
-    target = model.state_dict()
-    for name, what in ((REGISTERS, "the registers start"), (PROJECTION, "the projection starts")):
-        if name in state and (name not in target or state[name].shape != target[name].shape):
-            del state[name]
-        if name in target and name not in state:
-            notes.append(f"{what} at random")
-    model.load_state_dict(state, strict=False)
-    return notes
-
-
-def _check_shape(config: ViTConfig, model: ViTConfig, folder: Path) -> None:
-    """Raise UserError naming a key in which a given backbone differs from the recipe's, but for what `_fill` adapts."""
-    adapted = {"image_size", "embed_dim"} if config.num_registers else {"image_size", "embed_dim", "num_registers"}
-    for key, value in model.model_dump(exclude=adapted).items():
-        if getattr(config, key) != value:
-            raise UserError(f"train.init_from {folder} has {key} {getattr(config, key)}, model.{key} is {value}.")

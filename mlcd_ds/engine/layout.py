@@ -38,7 +38,8 @@ def check_layout(recipe: Recipe, layout: Layout) -> None:
     if layout.num_ranks % size:
         raise UserError(f"tensor parallel size {size} does not divide the {layout.num_ranks} ranks.")
     kind_of(recipe.objective).check_layout(recipe, layout.num_ranks, size)
-    for key, value in (("heads", model.heads), ("mlp_width", model.mlp_width)):
+    is_split = not recipe.is_frozen("image")
+    for key, value in (("heads", model.heads), ("mlp_width", model.mlp_width)) if is_split else ():
         if value % size:
             raise UserError(f"tensor parallel size {size} does not divide model.{key} {value}: take a size that does.")
     if recipe.optimizer.name == "muon" and (size > 1 or layout.zero_stage == 3):

@@ -21,7 +21,7 @@ from mlcd_ds.distributed.deepspeed import initialize_engine, step_engine
 from mlcd_ds.distributed.engine_state import engine_state
 from mlcd_ds.distributed.groups import ParallelGroups
 from mlcd_ds.distributed.stopping import StopRequest
-from mlcd_ds.engine.build_towers import TOWERS
+from mlcd_ds.engine.build_towers import build_towers
 from mlcd_ds.engine.checkpoint import Checkpointer
 from mlcd_ds.engine.gradients import GradientFactors, attach_gradient
 from mlcd_ds.engine.init_from import find_start
@@ -35,7 +35,6 @@ from mlcd_ds.engine.step_clock import StepClock
 from mlcd_ds.engine.step_log import StepLog, StepResult
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.noise import TrainingNoise
-from mlcd_ds.models.towers import Towers
 from mlcd_ds.objectives.base import Given, join_outputs
 from mlcd_ds.objectives.registry import kind_of
 
@@ -61,10 +60,10 @@ class Trainer:
         self.factors = GradientFactors.of(self.batch_slice.num_micro_batches, layout.data_parallel)
         kind = kind_of(recipe.objective)
         self.is_whole = kind.needs_whole_batch and self.batch_slice.num_micro_batches > 1
-        towers = Towers({name: TOWERS[name](recipe) for name in kind.towers}, kind.engine_module(recipe))
-        towers.init_weights(torch.Generator().manual_seed(recipe.train.seed))
         start = find_start(recipe, data, group)
-        notes = start.fill_backbone(towers["image"]) if start else []
+        built = build_towers(recipe, start, group)
+        towers, notes = built.trained, built.notes
+        self.frozen = {name: tower.to(device) for name, tower in built.frozen.items()}
         towers.set_recompute(recipe.train.recompute)
         if recipe.train.compile:
             towers.compile_blocks()
@@ -86,7 +85,7 @@ class Trainer:
         if recipe.train.knn_every:
             self.knn = KnnMonitor(recipe, self.engine, self.batch_slice.micro_batch, layout, group, device)
         self.checkpointer = Checkpointer(
-            recipe, layout, self.state, self.objective, self.groups, data.inputs, ds_config
+            recipe, layout, self.state, self.objective, self.groups, data.inputs, ds_config, built.records
         )
 
     def batches(self, first: int) -> Generator[Batch, None, None]:
@@ -142,9 +141,10 @@ class Trainer:
         for _ in range(self.batch_slice.num_micro_batches):
             batch = next(batches)
             clock.mark("data")
-            outputs = self._forward(batch, token_drop)
+            outputs = self._forward(*self._inputs(batch, token_drop))
+            frozen = self._frozen_outputs(batch)
             clock.mark("forward")
-            given = self.objective(outputs, batch.fields, self.factors.own)
+            given = self.objective(outputs | frozen, batch.fields, self.factors.own)
             clock.mark("head")
             norm = self._backward(outputs, given, self.factors)
             all_given.append(given)
@@ -154,18 +154,19 @@ class Trainer:
         """The objective is called once, for all micro-batches: each is embedded without gradient before, and again
         with the gradient that it was given. The noise belongs to the images, so it is the same in both passes."""
         clock, factors = self.clock, self.factors.of_whole(self.batch_slice.num_micro_batches)
-        held, embedded = [], []
+        held, embedded, fields = [], [], []
         for _ in range(self.batch_slice.num_micro_batches):
-            held.append(next(batches))
+            batch = next(batches)
             clock.mark("data")
+            held.append(self._inputs(batch, token_drop))
             with torch.no_grad():
-                embedded.append(self._forward(held[-1], token_drop))
+                embedded.append(self._forward(*held[-1]) | self._frozen_outputs(batch))
+            fields.append(batch.fields)
             clock.mark("forward")
-        fields = {name: torch.cat([batch.fields[name] for batch in held]) for name in held[0].fields}
-        given = self.objective(join_outputs(embedded), fields, factors.own)
+        given = self.objective(join_outputs(embedded), join_outputs(fields), factors.own)
         clock.mark("head")
-        for batch, share in zip(held, given.shares(len(held)), strict=True):
-            outputs = self._forward(batch, token_drop)
+        for inputs, share in zip(held, given.shares(len(held)), strict=True):
+            outputs = self._forward(*inputs)
             clock.mark("forward")
             norm = self._backward(outputs, share, factors)
         return [given], norm
@@ -177,16 +178,24 @@ class Trainer:
         self.clock.mark("optimizer")
         return norm
 
-    def _forward(self, batch: Batch, token_drop: float) -> dict[str, Tensor]:
-        """The towers' embeddings at unit length, fp32 [B, E], and what the objective's module adds."""
+    def _inputs(self, batch: Batch, token_drop: float) -> tuple[dict[str, Tensor], TrainingNoise]:
+        """What the towers in the engine are given."""
         noise = TrainingNoise(batch.keys_B, self.recipe.train.drop_path, token_drop)
-        outputs = self.engine(noise, **self._inputs(batch))
+        return {name: _input(name, batch, self.dtype) for name in self.tower_names}, noise
+
+    def _forward(self, inputs: dict[str, Tensor], noise: TrainingNoise) -> dict[str, Tensor]:
+        """The towers' embeddings at unit length, fp32 [B, E], and what the objective's module adds."""
+        outputs = self.engine(noise, **inputs)
         return outputs | {name: F.normalize(outputs[name].float(), dim=1) for name in self.tower_names}
 
-    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """What each tower is given."""
-        given = {"image": batch.images_B3SS.to(self.dtype)}
-        return given | ({"text": batch.fields["tokens"]} if "text" in self.tower_names else {})
+    @torch.inference_mode()
+    def _frozen_outputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The frozen towers' embeddings at unit length, fp32 [B, E], of images without noise."""
+        outputs = {}
+        for name, tower in self.frozen.items():
+            dtype = next(tower.parameters()).dtype
+            outputs[name] = F.normalize(tower(_input(name, batch, dtype)).float(), dim=1)
+        return outputs
 
     def fit(self, stop: StopRequest) -> bool:
         """Train from the newest checkpoint to the last step. Returns False when asked to stop, after saving."""
@@ -239,6 +248,11 @@ class Trainer:
                 f"the loss is {loss} at step {done}: lower optimizer.lr; TensorBoard's optimizer page shows the norms. "
                 "Started again, the run goes on from its last checkpoint."
             )
+
+
+def _input(tower: str, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """What a tower is given."""
+    return batch.images_B3SS.to(dtype) if tower == "image" else batch.fields["tokens"]
 
 
 def is_due(done: int, every: int | None) -> bool:

@@ -20,8 +20,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.kernels.matmul import Matmul
 from mlcd_ds.objectives.base import Given
 from mlcd_ds.objectives.pair_objective import PairConfig, PairObjective, Scale
 from mlcd_ds.objectives.pairs import Pairs
@@ -51,16 +49,13 @@ class Clip(PairObjective):
         """Collectives: those of `Pairs`; an all-reduce of [G] in fp64; one of the loss's two parts."""
         scale = outputs["scale"].detach()
         self._measures = {"logit_scale": scale}
-        parts, gradients = clip_loss(outputs["image"], outputs["text"], scale, self.group, self.matmul)
+        parts, gradients = clip_loss(self.pairs(outputs, scale))
         return Given(parts.sum(), {"image": parts[0], "text": parts[1]}, gradients)
 
 
-def clip_loss(
-    image_BE: Tensor, text_BE: Tensor, scale: Tensor, group: Group, matmul: Matmul
-) -> tuple[Tensor, dict[str, Tensor]]:
+def clip_loss(pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
     """The halves of the loss [2], over the whole batch, and the gradients (`Pairs.gradients`)."""
-    with matmul.active():
-        pairs = Pairs(image_BE.detach(), text_BE.detach(), scale, group, matmul)
+    with pairs.matmul.active():
         rows_B, columns_G = _log_sums(pairs)
         half = 0.5 / pairs.num_pairs
         for images, texts, logits_bg in pairs.blocks():
@@ -70,7 +65,7 @@ def clip_loss(
         pairs.add_own_slopes(-2 * half)
         own_B = pairs.own_logits()
     parts = torch.stack([(sums_B - own_B).sum() for sums_B in (rows_B, columns_G[pairs.own])]) * half
-    return group.all_reduce_sum(parts), pairs.gradients()
+    return pairs.group.all_reduce_sum(parts), pairs.gradients()
 
 
 def _log_sums(pairs: Pairs) -> tuple[Tensor, Tensor]:

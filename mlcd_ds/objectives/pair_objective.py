@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,7 +15,7 @@ from mlcd_ds.distributed.groups import ParallelGroups
 from mlcd_ds.kernels.device import check_bf16, has_bf16
 from mlcd_ds.kernels.matmul import Matmul
 from mlcd_ds.objectives.base import Need, Objective, PlannedRun
-from mlcd_ds.objectives.pairs import BLOCKS
+from mlcd_ds.objectives.pairs import BLOCKS, Pairs
 from mlcd_ds.recipes.sections import ObjectiveConfig, Sections
 
 FP32 = 4
@@ -33,7 +34,7 @@ class PairConfig(ObjectiveConfig):
 class PairObjective(Objective):
     """An objective over all pairs of a global batch: towers for image and text, and a learned scale in the engine."""
 
-    sections = ("text",)
+    sections = ("text", "towers")
     towers = ("image", "text")
     fields = ("tokens",)
     needs_whole_batch = True
@@ -42,7 +43,21 @@ class PairObjective(Objective):
 
     def __init__(self, recipe: Sections, data: TrainingData, groups: ParallelGroups, device: torch.device) -> None:
         self.group, self.matmul = groups.data, Matmul(is_bf16(recipe, device), device.type)
+        self._wanted = [name for name in self.towers if not recipe.is_frozen(name)]
         self._measures: dict[str, Tensor] = {}
+
+    @classmethod
+    def check(cls, recipe: Sections) -> None:
+        frozen = [name for name in cls.towers if recipe.is_frozen(name)]
+        if len(frozen) == len(cls.towers):
+            raise ValueError("towers.image and towers.text are both frozen, and nothing is left to train: train one")
+        if frozen and not recipe.train.init_from:
+            raise ValueError(
+                f"towers.{frozen[0]} is frozen, but train.init_from does not say where its weights come from: add "
+                "--init-from FOLDER"
+            )
+        if "image" in frozen and recipe.train.knn_every:
+            raise ValueError("train.knn_every is given, but towers.image is frozen: its accuracy would not change")
 
     @classmethod
     def check_device(cls, recipe: Sections, device: torch.device) -> None:
@@ -65,6 +80,11 @@ class PairObjective(Objective):
         sent = run.micro_batch * ranks * dim * (width + FP32) * (1 - 1 / ranks)
         flops = cls.num_products * 2 * batch // ranks * batch * dim
         return Need({"loss: during a step": sum(memory.values())}, sent, "the loss", flops)
+
+    def pairs(self, outputs: Mapping[str, Tensor], scale: Tensor) -> Pairs:
+        """Of the towers' outputs."""
+        image_BE, text_BE = outputs["image"].detach(), outputs["text"].detach()
+        return Pairs(image_BE, text_BE, scale, self.group, self.matmul, self._wanted)
 
     def step(self, lr: float) -> dict[str, Tensor]:
         return self._measures

@@ -4,14 +4,15 @@ A rank forms the logits of its own images with the texts of all ranks, z_ij = s 
 sums over its columns and its share of sums over its rows. So only the texts travel, and back only their gradient. The
 gradients follow from the slopes g_ij = dL/dz_ij of each block as it passes:
 
-    dL/de_i = s sum_j g_ij t_j,   dL/dt_j = s sum_i g_ij e_i,   s dL/ds = sum_ij g_ij z_ij = sum_i e_i . dL/de_i
+    dL/de_i = s sum_j g_ij t_j,   dL/dt_j = s sum_i g_ij e_i
+    s dL/ds = sum_ij g_ij z_ij = sum_i e_i . dL/de_i = sum_j t_j . dL/dt_j
 
 B images and texts on this rank, G of all ranks, E embedding; b and g: of one block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -23,10 +24,20 @@ BLOCKS = {"cpu": (1024, 1024), "cuda": (16384, 2048)}  # most images and texts o
 
 
 class Pairs:
-    """One batch. Collectives: an all-gather [G, E]; in `gradients` a reduce-scatter [G, E]."""
+    """One batch. Collectives: an all-gather [G, E]; in `gradients` a reduce-scatter [G, E], where texts want any."""
 
-    def __init__(self, image_BE: Tensor, text_BE: Tensor, scale: Tensor, group: Group, matmul: Matmul) -> None:
-        """Embeddings of unit length; `scale` a number on the device."""
+    def __init__(
+        self,
+        image_BE: Tensor,
+        text_BE: Tensor,
+        scale: Tensor,
+        group: Group,
+        matmul: Matmul,
+        wanted: Collection[str] = ("image", "text"),
+    ) -> None:
+        """Embeddings of unit length; `scale` a number on the device; `wanted`: what gradients are asked for, at least
+        one."""
+        self._wanted = wanted
         self.image_BE, self.scale, self.group, self.matmul = image_BE, scale, group, matmul
         self._scaled_BE = matmul.cast(image_BE * scale)
         self._text_GE = group.all_gather(matmul.cast(text_BE))
@@ -57,8 +68,10 @@ class Pairs:
     def add_slopes(self, images: slice, texts: slice, slopes_bg: Tensor) -> None:
         """Take in the slopes of a block."""
         slopes_bg = self.matmul.cast(slopes_bg)
-        self.matmul.add(self._image_grad_BE[images], slopes_bg, self._text_GE[texts])
-        self.matmul.add(self._text_grad_GE[texts], slopes_bg.T, self._scaled_BE[images])
+        if "image" in self._wanted:
+            self.matmul.add(self._image_grad_BE[images], slopes_bg, self._text_GE[texts])
+        if "text" in self._wanted:
+            self.matmul.add(self._text_grad_GE[texts], slopes_bg.T, self._scaled_BE[images])
 
     def add_own_slopes(self, slope: float) -> None:
         """The same slope for each pair of an image and its own text."""
@@ -67,8 +80,14 @@ class Pairs:
         self._text_grad_GE[self.own].add_(self._scaled_BE.to(dtype), alpha=slope)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Of `image` and `text` [B, E], complete; of `scale` this rank's share."""
+        """Of `image` and `text` [B, E], where they are wanted, complete; of `scale` this rank's share."""
         # The texts' sums have the factor s already, by the scaled images.
-        scale_grad = (self.image_BE * self._image_grad_BE).sum()
-        text_grad_BE = self.group.reduce_scatter_sum(self._text_grad_GE)
-        return {"image": self._image_grad_BE * self.scale, "text": text_grad_BE, "scale": scale_grad}
+        found = {}
+        if "image" in self._wanted:
+            found["scale"] = (self.image_BE * self._image_grad_BE).sum()
+            found["image"] = self._image_grad_BE * self.scale
+        else:
+            found["scale"] = (self._text_GE.to(self.image_BE.dtype) * self._text_grad_GE).sum() / self.scale
+        if "text" in self._wanted:
+            found["text"] = self.group.reduce_scatter_sum(self._text_grad_GE)
+        return found

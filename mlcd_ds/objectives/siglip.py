@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.kernels.matmul import Matmul
 from mlcd_ds.objectives.base import Given
 from mlcd_ds.objectives.pair_objective import PairConfig, PairObjective, Scale
 from mlcd_ds.objectives.pairs import Pairs
@@ -51,18 +49,15 @@ class Siglip(PairObjective):
         """Collectives: those of `Pairs`; an all-reduce of the loss's two parts."""
         scale, bias = outputs["scale"].detach(), outputs["bias"].detach()
         self._measures = {"logit_scale": scale, "logit_bias": bias}
-        parts, gradients = siglip_loss(outputs["image"], outputs["text"], scale, bias, self.group, self.matmul)
+        parts, gradients = siglip_loss(self.pairs(outputs, scale), bias)
         return Given(parts.sum(), {"other_pairs": parts[0], "own_pairs": parts[1]}, gradients)
 
 
-def siglip_loss(
-    image_BE: Tensor, text_BE: Tensor, scale: Tensor, bias: Tensor, group: Group, matmul: Matmul
-) -> tuple[Tensor, dict[str, Tensor]]:
+def siglip_loss(pairs: Pairs, bias: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of other and of own pairs [2], over the whole batch, and the gradients (`Pairs.gradients`, `bias`)."""
-    with matmul.active():
-        pairs = Pairs(image_BE.detach(), text_BE.detach(), scale, group, matmul)
+    with pairs.matmul.active():
         share = 1 / pairs.num_pairs
-        total, slope = (image_BE.new_zeros(()) for _ in range(2))
+        total, slope = (bias.new_zeros(()) for _ in range(2))
         for images, texts, logits_bg in pairs.blocks():
             logits_bg.add_(bias)
             total += F.softplus(logits_bg, threshold=80).sum()
@@ -73,5 +68,5 @@ def siglip_loss(
         pairs.add_own_slopes(-share)
     own = F.softplus(-own_B, threshold=80).sum()
     parts = torch.stack([total - F.softplus(own_B, threshold=80).sum(), own]) * share
-    gradients = pairs.gradients() | {"bias": slope - share * len(image_BE)}
-    return group.all_reduce_sum(parts), gradients
+    gradients = pairs.gradients() | {"bias": slope - share * len(pairs.image_BE)}
+    return pairs.group.all_reduce_sum(parts), gradients

@@ -110,6 +110,14 @@ class TrainConfig(Frozen):
     log_every: int = free_field(10, ge=1, description="steps between log entries; the host waits for the device then")
 
 
+class TowersConfig(Frozen):
+    """Which towers are trained. A frozen one is the one that train.init_from names, to the bit; it has no gradients and
+    no optimizer's states, and is not in checkpoints, which name it by its checksum."""
+
+    image: Literal["trained", "frozen"] = "trained"
+    text: Literal["trained", "frozen"] = "trained"
+
+
 class ObjectiveConfig(Frozen):
     """Base of every objective's own settings, which stand beside it (mlcd_ds/objectives)."""
 
@@ -124,5 +132,10 @@ class Sections(Frozen):
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig
     head: HeadConfig = HeadConfig()
+    towers: TowersConfig = TowersConfig()
     optimizer: OptimizerConfig
     train: TrainConfig
+
+    def is_frozen(self, tower: str) -> bool:
+        """Whether a tower is kept as it is."""
+        return getattr(self.towers, tower) == "frozen"

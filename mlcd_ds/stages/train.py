@@ -76,7 +76,9 @@ def describe(
         lines.append(f"# data: {data.index.num_images} images")
         lines += [f"# {line}" for line in kind.describe(recipe, data, layout.num_ranks, layout.tensor_parallel)]
         if start := find_start(recipe, data, context.group):
-            lines.append(f"# starts from: {start.folder}, {'backbone and head' if start.checkpoint else 'backbone'}")
+            lines.append(
+                f"# starts from: {start.folder}, {'backbone and head' if start.is_of_kind(kind) else 'backbone'}"
+            )
     runner.logger.info("\n".join(lines))
 
 

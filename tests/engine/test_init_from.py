@@ -20,7 +20,8 @@ from mlcd_ds.data.fields import Labels, TrainingData
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.engine.init_from import Start, find_start, load_released
+from mlcd_ds.engine.init_from import Start, find_start
+from mlcd_ds.engine.released import load_released
 from mlcd_ds.engine.weights import BACKBONE_NAME, CHECKPOINT_NAME, CONFIG_NAME, CheckpointManifest
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.convert import to_vision_model, vision_config

@@ -258,6 +258,9 @@ def test_dump_and_load_round_trip(tmp_path: Path) -> None:
         ({"objective": {"name": "mlc", "temperature": 0.1}}, "objective.temperature belongs to clip; .* is mlc"),
         ({"objective": {"name": "clip", "margin": 0.1}}, "objective.margin belongs to mlcd, mlc, .*; this .* is clip"),
         ({"objective": {"name": "clip", "temprature": 0.1}}, "objective.temprature: .*Did you mean temperature"),
+        ({"towers": {"image": "frozen"}}, "towers.image belongs to clip, siglip; this recipe's objective is mlcd"),
+        ({"objective": {"name": "clip"}, "towers": {"image": "frozen"}}, "towers.image is frozen, .*--init-from"),
+        ({"objective": {"name": "clip"}, "towers": {"image": "frozen", "text": "frozen"}}, "nothing is left to train"),
         ({"objective": {"name": "clip", "temperature": 2}}, "objective.temperature: .*less than or equal to 1"),
         (
             {"objective": {"name": "siglip"}, "head": {"sample_rate": 0.5}},

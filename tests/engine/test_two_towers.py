@@ -1,8 +1,11 @@
-"""CLIP and SigLIP in the whole trainer, with a stand-in for the text tower: any layout trains as one process does."""
+"""CLIP, SigLIP and LiT in the whole trainer, with a stand-in for the text tower: any layout trains as one process."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import trainers
 from distributed_harness import TinyData, assert_close, assert_differs, run_ranks
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from training_runs import tiny_recipe
 
-from mlcd_ds.config import parse_recipe
+from mlcd_ds.artefacts.files import record_of, write_json
+from mlcd_ds.config import dump_recipe, parse_recipe
 from mlcd_ds.data.fields import Labels
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.distributed.collectives import Group
@@ -24,17 +30,22 @@ from mlcd_ds.engine.gradients import GradientFactors
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.tensor_parallel import gather_full
 from mlcd_ds.engine.trainer import Trainer
+from mlcd_ds.engine.weights import load_backbone, newest_checkpoint, read_checkpoint
+from mlcd_ds.errors import UserError
 from mlcd_ds.models.layers import Encoder, Linear, normal_init
+from mlcd_ds.models.noise import TrainingNoise
 from mlcd_ds.objectives.base import Given
 
 NUM_STEPS, NUM_TOKENS = 4, 25
 THREE = tuple(("clip", stage, 3) for stage in (0, 1, 2, 3))
 # By ranks: objective, ZeRO stage, micro-batches.
 CASES = {
-    1: (("clip", 0, 1), ("siglip", 0, 2), *THREE),
-    2: (*THREE, ("clip", 1, 1), ("siglip", 2, 2)),
-    4: (("clip", 1, 3), ("siglip", 3, 2)),
+    1: (("clip", 0, 1), ("siglip", 0, 2), ("lit", 0, 1), *THREE, ("lit", 3, 3), ("bf16", 1, 3), ("bf16", 0, 1)),
+    2: (*THREE, ("clip", 1, 1), ("siglip", 2, 2), ("lit", 1, 3), ("lit", 3, 1)),
+    4: (("clip", 1, 3), ("siglip", 3, 2), ("lit", 1, 1)),
 }
+FIRST = {name: (name, 0, count) for name, count in (("clip", 1), ("siglip", 2), ("lit", 1))}
+BF16_TOLERANCE = 5e-2  # of losses, against fp32
 # Measured over all stages of one, two and four ranks: losses 2.7e-7, norms 8e-7, weights 1.8e-5.
 CURVE_TOLERANCE, WEIGHT_TOLERANCE = 3e-6, 1e-4
 
@@ -76,15 +87,34 @@ def use_stand_ins(data: TinyData) -> None:
     build_towers.TOWERS["text"] = lambda recipe: StandIn(32, recipe.model.embed_dim)
 
 
-def make_trainer(data: TinyData, out: Path, layout: Layout, group: Group, name: str, micro_batches: int) -> Trainer:
+def make_trainer(
+    data: TinyData, out: Path, layout: Layout, group: Group, name: str, micro_batches: int, **model: int
+) -> Trainer:
     content = tiny_recipe(data.index, data.labels)
-    content |= {"objective": {"name": name}, "head": {}}
+    content |= {"objective": {"name": "siglip" if name == "siglip" else "clip"}, "head": {}}
+    content["train"]["precision"] = "bf16" if name == "bf16" else "fp32"
+    if name == "lit":
+        content["towers"] = {"image": "frozen"}
+        content["train"]["init_from"] = str(out.parent / "mlcd")
     content["model"]["heads"] = content["data"]["num_streams"] = 4
     content["train"] |= {"micro_batch_per_rank": 24 // layout.data_parallel // micro_batches, "out": str(out)}
+    content["model"] |= model
     recipe = parse_recipe(content, "test")
     ds_config = resolve_ds_config({}, Path("none"), recipe, layout, plan_batches(recipe, layout, group.rank))
     opened = training_data.open_training_data(recipe)
     return Trainer(recipe, ds_config, layout, opened, group, torch.device("cpu"))
+
+
+def train_mlcd(data: TinyData, out: Path, group: Group) -> None:
+    """A run of one step, for LiT to start from: the same on any number of ranks but for rounding."""
+    sections = {"model": {"heads": 4}, "data": {"num_streams": 4}}
+    trainer = trainers.make_trainer(data, out, Layout(group.size, 1, 0), group, sections=sections)
+    trainer.step(0, trainer.batches(0))
+    trainer.checkpointer.save(1)
+    trainer.engine.destroy()
+    if group.is_main:
+        (out / "config.yaml").write_text(dump_recipe(trainer.recipe))
+    group.barrier()
 
 
 def go_on(trainer: Trainer, first: int, end: int) -> Tensor:
@@ -110,6 +140,7 @@ def train_all(group: Group, data: TinyData, folder: Path, tensor_parallel: int) 
     os.environ.update(RANK=str(group.rank), WORLD_SIZE=str(group.size), LOCAL_RANK=str(group.rank))
     use_stand_ins(data)
     found: dict[Any, Any] = {}
+    train_mlcd(data, folder / "mlcd", group)
     for name, stage, micro_batches in CASES[group.size]:
         out, layout = folder / f"{name}-{stage}-{micro_batches}", Layout(group.size, tensor_parallel, stage)
         trainer = make_trainer(data, out, layout, group, name, micro_batches)
@@ -151,8 +182,8 @@ def twins(group: Group, data: TinyData, folder: Path) -> dict[str, Tensor]:
             Given(g.loss, g.parts, {**g.gradients, "scale": given.gradients["scale"]}) for g in shares(given, count)
         ]
 
-    def noisy(trainer: Trainer, batch: Any, token_drop: float) -> dict[str, Tensor]:
-        return forward(trainer, batch, token_drop if torch.is_grad_enabled() else 0.5)
+    def noisy(trainer: Trainer, inputs: dict[str, Tensor], noise: TrainingNoise) -> dict[str, Tensor]:
+        return forward(trainer, inputs, noise if torch.is_grad_enabled() else replace(noise, keys_B=noise.keys_B + 1))
 
     for name, target, attribute, change in (
         ("factors", GradientFactors, "of_whole", lambda factors, count: factors),
@@ -182,7 +213,10 @@ def test_a_layout_trains_as_one_process(
         ranks = run_ranks(train_all, num_ranks, tiny_data, tmp_path, tensor_parallel, timeout_s=300)
     for results in ranks:
         for (name, stage, micro_batches), (curve, weights) in results.items():
-            right, right_weights = expected[name, 0, {"clip": 1, "siglip": 2}[name]]
+            if name == "bf16":
+                assert_close(f"bf16, ZeRO {stage}", curve[:, 0], expected["clip", 0, 1][0][:, 0], BF16_TOLERANCE)
+                continue
+            right, right_weights = expected[FIRST[name]]
             if curve is right:
                 continue
             what = f"{name}, ZeRO {stage}, {micro_batches} micro-batches"
@@ -213,6 +247,59 @@ def test_a_run_goes_on_bit_for_bit_and_from_another_stage(tiny_data: TinyData, t
                 assert torch.equal(curve, right)
                 assert all(torch.equal(weights[name], weight) for name, weight in right_weights.items())
             assert_close(f"{stage} to {to_stage}", curve[:, 0], right[:, 0], CURVE_TOLERANCE)
+
+
+def lit(group: Group, data: TinyData, folder: Path) -> dict[str, Any]:
+    """LiT on a trained image tower: what is in the engine and in a checkpoint; resumed; and what is refused."""
+    os.environ.update(RANK=str(group.rank), WORLD_SIZE=str(group.size), LOCAL_RANK=str(group.rank))
+    use_stand_ins(data)
+    train_mlcd(data, folder / "mlcd", group)
+    source = newest_checkpoint(folder / "mlcd")
+    layout = Layout(group.size, 1, 1)
+    trainer = make_trainer(data, folder / "run", layout, group, "lit", 3)
+    found: dict[str, Any] = {"names": trainer.state.names, "frozen": trainer.frozen["image"].state_dict()}
+    go_on(trainer, 0, 2)
+    path = trainer.checkpointer.save(2)
+    found["files"], found["manifest"] = sorted(file.name for file in path.iterdir()), read_checkpoint(path)
+    found["expected"] = go_on(trainer, 2, NUM_STEPS)
+    found["backbone"], found["source"] = load_backbone(path).state_dict(), load_backbone(source).state_dict()
+    trainer.engine.destroy()
+    again = make_trainer(data, folder / "run", layout, group, "lit", 3)
+    assert again.checkpointer.resume() == 2
+    found["resumed"] = go_on(again, 2, NUM_STEPS)
+    again.engine.destroy()
+    group.barrier()
+    if group.is_main:  # another tower in its place, as whole as the first
+        weights = load_file(source / "backbone.safetensors")
+        weights["projection.weight"] += 1e-3
+        save_file(weights, source / "backbone.safetensors")
+        content = json.loads((source / "checkpoint.json").read_text()) | {"seal": None}
+        content["files"]["backbone.safetensors"] = record_of(source / "backbone.safetensors").model_dump()
+        write_json(source / "checkpoint.json", content)
+    group.barrier()
+    for name, call in (
+        ("resume", lambda: make_trainer(data, folder / "run", layout, group, "lit", 3)),
+        ("evaluate", lambda: load_backbone(path)),
+        ("embedding", lambda: make_trainer(data, folder / "other", layout, group, "lit", 3, embed_dim=8)),
+    ):
+        with pytest.raises(UserError) as error:
+            call()
+        found[f"refused: {name}"] = str(error.value)
+    return found
+
+
+def test_a_frozen_tower_stays_as_it_is_and_is_not_repeated(tiny_data: TinyData, tmp_path: Path) -> None:
+    for found in run_ranks(lit, 2, tiny_data, tmp_path):
+        assert all(name.startswith(("text.", "objective.")) for name in found["names"]), "of what the engine trains"
+        assert not any(name.startswith(("backbone", "head")) for name in found["files"])
+        assert torch.equal(found["resumed"], found["expected"])
+        frozen = found["manifest"].frozen["image"]
+        assert frozen.source == str(newest_checkpoint(tmp_path / "mlcd").resolve()) and len(frozen.sha256) == 64
+        for name, weight in found["source"].items():
+            assert torch.equal(found["backbone"][name], weight) and torch.equal(found["frozen"][name], weight), name
+        told = "the frozen image tower in .*mlcd/.* is not the one that the run was trained with"
+        assert re.search(told, found["refused: resume"]) and re.search(told, found["refused: evaluate"])
+        assert "the projection starts at random, and towers.image is frozen" in found["refused: embedding"]
 
 
 def test_wrong_factors_are_told_apart(expected: Found, tiny_data: TinyData, tmp_path: Path) -> None:
