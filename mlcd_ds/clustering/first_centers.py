@@ -23,7 +23,8 @@ from mlcd_ds.errors import UserError
 InitName = Literal["auto", "random", "kmeans++", "two_level"]
 AUTO_RANDOM, AUTO_TWO_LEVEL = 1_000, 20_000  # k-means++ up to the first number of centres, two levels from the second
 PLUS_POINTS, PLUS_ROWS = 16, 16_384  # rows that k-means++ draws from: so many a centre, and at least so many
-PLUS_DIM, PLUS_CANDIDATES = 128, 10  # width in which it measures; candidates, over scikit-learn's 2 + log C
+PLUS_DIM, PLUS_CANDIDATES = 128, 6  # width in which it measures; candidates, over scikit-learn's 2 + log C
+PLUS_PICKS = 3  # centres that are picked from a draw of candidates
 LEAST_DISTANCE = 1e-12  # floor, so that any row may be drawn where all rows are copies of centres
 CELL_POINTS, CELL_ITERATIONS = 256, 10  # rows a cell and iterations of the first level
 CANDIDATES = 4  # rows a centre from which the second level's first centres come
@@ -89,8 +90,9 @@ def plus_plus_centers(
     noise_EK = generator.standard_normal((rows.dim, kept_dim), dtype=np.float32) / kept_dim**0.5
     projection_EK = torch.from_numpy(noise_EK).to(device)
     rate = max(PLUS_POINTS * num_centers, PLUS_ROWS) / rows.num_rows
+    sample = Sample(rate, seed) if rate < 1 else None
     numbers, parts = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, kept_dim, device=device)]
-    for numbers_B, stored_BE in rows.blocks(BLOCK_ROWS, Sample(rate, seed)):
+    for numbers_B, stored_BE in rows.blocks(BLOCK_ROWS, sample):
         rows_BE = stored_BE.to(device).float()
         if metric == "cosine":
             rows_BE = F.normalize(rows_BE, dim=1)
@@ -105,24 +107,29 @@ def plus_plus_centers(
 
 
 def draw_far_apart(points_NK: Tensor, num_centers: int, generator: np.random.Generator) -> Tensor:
-    """Places int64 [C] of points [N, K], chosen one after the other: of T candidates, each drawn in proportion to its
-    squared distance from the nearest point so far, the one that leaves the smallest sum of those distances."""
+    """Places int64 [C] of points [N, K]: of T candidates, each drawn in proportion to its squared distance from the
+    nearest point so far, the one that leaves the smallest sum of those distances; then, of the same candidates, the one
+    that does so beside it, up to PLUS_PICKS of a draw. The first comes from a draw of its own.
+    """
     num_candidates = PLUS_CANDIDATES * (2 + int(np.log(num_centers)))
-    draws_CT = torch.from_numpy(generator.random((num_centers, num_candidates))).to(points_NK.device)
     squares_N = points_NK.square().sum(dim=1)
     # [x, 1] . [2 c, -|c|^2] = |x|^2 - |x - c|^2
-    rows_NF = torch.cat([points_NK, torch.ones_like(squares_N)[:, None]], dim=1)
+    rows_FN = torch.cat([points_NK, torch.ones_like(squares_N)[:, None]], dim=1).T.contiguous()
     factors_NF = torch.cat([2 * points_NK, -squares_N[:, None]], dim=1)
     nearest_N = (4 * squares_N.max()).expand(len(squares_N))  # squared distance from the nearest so far; none is larger
-    chosen_C = torch.empty(num_centers, dtype=torch.int64, device=points_NK.device)
-    for center in range(num_centers):
+    chosen: list[Tensor] = []
+    while len(chosen) < num_centers:
         ends_N = nearest_N.double().cumsum(0)
-        places_T = torch.searchsorted(ends_N, draws_CT[center] * ends_N[-1], right=True).clamp_max(len(rows_NF) - 1)
-        gains_TN = torch.addmm(nearest_N - squares_N, factors_NF[places_T], rows_NF.T).clamp_min_(0)
-        best = gains_TN.sum(dim=1).argmax()
-        chosen_C[center] = places_T[best]
-        nearest_N = (nearest_N - gains_TN[best]).clamp_min(LEAST_DISTANCE)
-    return chosen_C
+        draws_T = torch.from_numpy(generator.random(num_candidates)).to(ends_N.device)
+        places_T = torch.searchsorted(ends_N, draws_T * ends_N[-1], right=True).clamp_max(len(squares_N) - 1)
+        lead_TN = torch.addmm(nearest_N - squares_N, factors_NF[places_T], rows_FN)  # by which a candidate is nearer
+        for _ in range(min(PLUS_PICKS if chosen else 1, num_centers - len(chosen))):
+            best = lead_TN.clamp_min(0).sum(dim=1).argmax()
+            chosen.append(places_T[best])
+            gain_N = lead_TN[best].clamp_min(0)
+            nearest_N = (nearest_N - gain_N).clamp_min(LEAST_DISTANCE)
+            lead_TN -= gain_N
+    return torch.stack(chosen)
 
 
 def two_level_centers(

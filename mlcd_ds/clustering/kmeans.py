@@ -156,15 +156,14 @@ class Step:
 def lloyd_step(
     rows: Rows, group: Group, assigner: Assigner, centers_CE: Tensor, metric: Metric, sample: Sample | None
 ) -> Step:
-    """Assign and average. Collectives: reduce-scatter and all-gather of [C, E] fp32; all-reduces of [C] int64, [C]
-    float64 and [3]."""
+    """Assign and average. Collectives: reduce-scatter and all-gather of [C, E] fp32, all-reduce of [2C + 3] float64."""
     num_centers, dim = centers_CE.shape
     device = centers_CE.device
     per_rank = -(-num_centers // group.size)
     sums_CE = torch.zeros(per_rank * group.size, dim, device=device)
-    counts_C = torch.zeros(per_rank * group.size, dtype=torch.int64, device=device)
-    spreads_C = torch.zeros(per_rank * group.size, dtype=torch.float64, device=device)
-    totals_3 = torch.zeros(3, dtype=torch.float64, device=device)  # scores, squared norms, rows
+    # One tensor, so that one all-reduce adds them up over the ranks; float64 counts rows exactly.
+    shared = torch.zeros(2 * num_centers + 3, dtype=torch.float64, device=device)
+    counts_C, spreads_C, totals_3 = shared.split([num_centers, num_centers, 3])  # totals: scores, squared norms, rows
     assigner.set_centers(centers_CE)
     for numbers_B, stored_BE in rows.blocks(BLOCK_ROWS, sample):
         rows_BE = stored_BE.to(device).float()
@@ -179,24 +178,22 @@ def lloyd_step(
             number = numbers_B[int((~rows_BE.isfinite().all(dim=1)).nonzero()[0])]
             raise UserError(f"{rows.place(int(number))} is not finite. Make it again: `mlcd embed --overwrite`.")
         sums_CE.index_add_(0, nearest_B, rows_BE)
-        counts_C += torch.bincount(nearest_B, minlength=len(counts_C))
+        counts_C += torch.bincount(nearest_B, minlength=num_centers)
         # With the cosine, centres have unit length; so do rows, up to fp16 rounding.
         distances_B = squares_B - 2 * scores_B + (metric == "cosine")
         spreads_C.index_add_(0, nearest_B, distances_B.clamp_min(0))
     sums_LE = group.reduce_scatter_sum(sums_CE)
     del sums_CE  # ahead of the new centres: both are [C, E]
-    group.all_reduce_sum(counts_C)
-    group.all_reduce_sum(spreads_C)
-    group.all_reduce_sum(totals_3)
+    group.all_reduce_sum(shared)
     if metric == "cosine":
         means_LE = F.normalize(sums_LE, dim=1)
     else:
-        counts_L = counts_C[group.rank * per_rank : (group.rank + 1) * per_rank]
-        means_LE = sums_LE / counts_L.clamp_min(1)[:, None]
+        counts_L = F.pad(counts_C, (0, per_rank * group.size - num_centers))[group.rank * per_rank :][:per_rank]
+        means_LE = sums_LE / counts_L.clamp_min(1)[:, None].float()
     score, square, number = totals_3.tolist()
     objective = score / number if metric == "cosine" else (square - 2 * score) / number
     centers_CE = group.all_gather(means_LE)[:num_centers]
-    return Step(centers_CE, counts_C[:num_centers], spreads_C[:num_centers], objective, int(number))
+    return Step(centers_CE, counts_C.long(), spreads_C, objective, int(number))
 
 
 def kmeans(

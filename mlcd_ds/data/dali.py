@@ -82,7 +82,9 @@ class _Decoder:
         @dali.pipeline_def(enable_conditionals=True)
         def graph() -> Any:
             encoded = fn.external_source(name="encoded", no_copy=False)
-            images = fn.decoders.image(encoded, device="mixed" if is_gpu else "cpu", output_type=types.RGB)
+            # The GPU's decoder would otherwise repeat chroma, where libjpeg and so Pillow interpolate it.
+            place = "mixed" if is_gpu else "cpu"
+            images = fn.decoders.image(encoded, device=place, output_type=types.RGB, jpeg_fancy_upsampling=True)
             squares, flips = self._squares(images)
             return fn.crop_mirror_normalize(
                 squares,

@@ -65,7 +65,7 @@ class Options(runner.StageOptions):
         (64,), description="rows a centre of growing samples for the first iterations; 0, or where N is smaller: all"
     )
     full_iterations: int = Field(4, ge=1, description="of the iterations, those on all rows after samples")
-    tolerance: float = Field(1e-4, ge=0, description="a phase ends when its distortion falls by less than this share")
+    tolerance: float = Field(3e-4, ge=0, description="a phase ends when its distortion falls by less than this share")
     duplicates_above: float | None = Field(
         None, gt=0.5, le=1, description="leave out images whose cosine to an earlier one is at least this, such as 0.98"
     )
