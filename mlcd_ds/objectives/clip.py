@@ -14,12 +14,14 @@ B images and texts on this rank, G of all ranks, E embedding; b and g: of one bl
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.objectives.base import Given
 from mlcd_ds.objectives.pair_objective import PairConfig, PairObjective, Scale
 from mlcd_ds.objectives.pairs import Pairs
@@ -46,7 +48,7 @@ class Clip(PairObjective):
 
     @torch.no_grad()
     def __call__(self, outputs: Mapping[str, Tensor], fields: Mapping[str, Tensor], weight: float = 1.0) -> Given:
-        """Collectives: those of `Pairs`; an all-reduce of [G] in fp64; one of the loss's two parts."""
+        """Collectives: those of `Pairs`; two all-reduces of [G]; one of the loss's two parts."""
         scale = outputs["scale"].detach()
         self._measures = {"logit_scale": scale}
         parts, gradients = clip_loss(self.pairs(outputs, scale))
@@ -56,26 +58,62 @@ class Clip(PairObjective):
 def clip_loss(pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
     """The halves of the loss [2], over the whole batch, and the gradients (`Pairs.gradients`)."""
     with pairs.matmul.active():
-        rows_B, columns_G = _log_sums(pairs)
+        rows, columns, own_B = _sums(pairs)
         half = 0.5 / pairs.num_pairs
         for images, texts, logits_bg in pairs.blocks():
-            by_image_bg = (logits_bg - rows_B[images, None]).exp_()
-            by_text_bg = logits_bg.sub_(columns_G[texts]).exp_()
-            pairs.add_slopes(images, texts, by_image_bg.add_(by_text_bg).mul_(half))
-        pairs.add_own_slopes(-2 * half)
-        own_B = pairs.own_logits()
-    parts = torch.stack([(sums_B - own_B).sum() for sums_B in (rows_B, columns_G[pairs.own])]) * half
+            by_image_bg = rows.share(images, logits_bg, dim=1)
+            slopes_bg = by_image_bg.add_(columns.share(texts, logits_bg, dim=0)).mul_(half)
+            pairs.add_slopes(images, texts, slopes_bg, own_slope=-2 * half)
+    parts = torch.stack([rows.excess(slice(None), own_B).sum(), columns.excess(pairs.own, own_B).sum()]) * half
     return pairs.group.all_reduce_sum(parts), pairs.gradients()
 
 
-def _log_sums(pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """a [B] of this rank's images, b [G] of all texts."""
-    dtype = pairs.image_BE.dtype
-    rows_B = pairs.image_BE.new_full((len(pairs.image_BE),), -torch.inf)
-    columns_G = pairs.image_BE.new_full((pairs.num_pairs,), -torch.inf)
+@dataclass(frozen=True)
+class LogSums:
+    """log sum_j e^{z_j} of n rows of logits, as the largest logit and the sum of e^{z_j - largest}.
+
+    Apart, because near the end of training an own logit is the largest and the rest of the sum tiny: then both the loss
+    and the own slope are small differences, which one rounded number would lose.
+    """
+
+    largest_n: Tensor
+    sums_n: Tensor
+
+    @classmethod
+    def empty(cls, count: int, like: Tensor) -> LogSums:
+        """Of no logits."""
+        return cls(like.new_full((count,), -torch.inf), like.new_zeros(count))
+
+    def add(self, rows: slice, logits_bg: Tensor, dim: int) -> None:
+        """Take in a block of logits of some rows; the others lie along `dim`."""
+        before = self.largest_n[rows]
+        after = torch.maximum(before, logits_bg.amax(dim=dim))
+        added = (logits_bg - after.unsqueeze(dim)).exp_().sum(dim=dim)
+        self.sums_n[rows] = self.sums_n[rows] * (before - after).exp_() + added
+        self.largest_n[rows] = after
+
+    def of_all(self, group: Group) -> LogSums:
+        """Of the logits of all ranks. Two all-reduces of [n]."""
+        largest_n = group.all_reduce_max(self.largest_n.clone())
+        return LogSums(largest_n, group.all_reduce_sum(self.sums_n * (self.largest_n - largest_n).exp_()))
+
+    def share(self, rows: slice, logits_bg: Tensor, dim: int) -> Tensor:
+        """e^z over its row's sum, of a block."""
+        exp_bg = (logits_bg - self.largest_n[rows].unsqueeze(dim)).exp_()
+        return exp_bg.div_(self.sums_n[rows].unsqueeze(dim))
+
+    def excess(self, rows: slice, logits_n: Tensor) -> Tensor:
+        """By how much the log-sum is above one logit of each row."""
+        return self.largest_n[rows] - logits_n + self.sums_n[rows].log()
+
+
+def _sums(pairs: Pairs) -> tuple[LogSums, LogSums, Tensor]:
+    """Over the texts, of this rank's images; over the images, of all texts; and z_ii [B]."""
+    rows, columns = (LogSums.empty(count, pairs.image_BE) for count in (len(pairs.image_BE), pairs.num_pairs))
+    own_B = torch.zeros_like(rows.sums_n)
     for images, texts, logits_bg in pairs.blocks():
-        rows_B[images] = torch.logaddexp(rows_B[images], logits_bg.logsumexp(dim=1))
-        columns_G[texts] = torch.logaddexp(columns_G[texts], logits_bg.logsumexp(dim=0))
-    # No logit is beyond 500, so the sums are within fp64's range: the ranks need not agree on a maximum first.
-    sums_G = pairs.group.all_reduce_sum(columns_G.double().exp())
-    return rows_B, sums_G.log().to(dtype)
+        rows.add(images, logits_bg, dim=1)
+        columns.add(texts, logits_bg, dim=0)
+        which, entries = pairs.own_pairs(images, texts, logits_bg)
+        own_B[which] = entries
+    return rows, columns.of_all(pairs.group), own_B

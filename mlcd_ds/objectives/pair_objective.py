@@ -24,7 +24,7 @@ FP32 = 4
 class PairConfig(ObjectiveConfig):
     """What losses over pairs of images and texts have in common."""
 
-    max_scale: float = Field(100.0, gt=1, le=500, description="largest factor on cosines; the smallest is 1")
+    max_scale: float = Field(100.0, gt=1, le=1000, description="largest factor on cosines; the smallest is 1")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="of the products; sums are fp32. auto: bf16, but fp32 where the backbone's is, or without it",

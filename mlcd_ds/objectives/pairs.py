@@ -20,7 +20,7 @@ from torch import Tensor
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.kernels.matmul import Matmul
 
-BLOCKS = {"cpu": (1024, 1024), "cuda": (16384, 2048)}  # most images and texts of a block
+BLOCKS = {"cpu": (512, 1024), "cuda": (8192, 2048)}  # most images and texts of a block
 
 
 class Pairs:
@@ -39,7 +39,7 @@ class Pairs:
         one."""
         self._wanted = wanted
         self.image_BE, self.scale, self.group, self.matmul = image_BE, scale, group, matmul
-        self._scaled_BE = matmul.cast(image_BE * scale)
+        self._cast_BE = matmul.cast(image_BE)
         self._text_GE = group.all_gather(matmul.cast(text_BE))
         begin = group.rank * len(image_BE)
         self.own = slice(begin, begin + len(image_BE))
@@ -51,11 +51,6 @@ class Pairs:
         """G."""
         return len(self._text_GE)
 
-    def own_logits(self) -> Tensor:
-        """z_ii [B]."""
-        dtype = self.image_BE.dtype
-        return (self._scaled_BE.to(dtype) * self._text_GE[self.own].to(dtype)).sum(dim=1)
-
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Images, texts, and their logits [b, g], which the caller may overwrite."""
         most_images, most_texts = BLOCKS[self.image_BE.device.type]
@@ -63,31 +58,35 @@ class Pairs:
             texts = slice(first, min(first + most_texts, self.num_pairs))
             for begin in range(0, len(self.image_BE), most_images):
                 images = slice(begin, min(begin + most_images, len(self.image_BE)))
-                yield images, texts, self.matmul(self._scaled_BE[images], self._text_GE[texts].T)
+                logits_bg = self.matmul(self._cast_BE[images], self._text_GE[texts].T)
+                yield images, texts, logits_bg.mul_(self.scale)
 
-    def add_slopes(self, images: slice, texts: slice, slopes_bg: Tensor) -> None:
-        """Take in the slopes of a block."""
+    def own_pairs(self, images: slice, texts: slice, block_bg: Tensor) -> tuple[slice, Tensor]:
+        """Which images meet their own text in a block, and the entries where they do: a view, perhaps empty."""
+        begin = max(images.start, texts.start - self.own.start)
+        count = max(0, min(images.stop, texts.stop - self.own.start) - begin)
+        row, column = begin - images.start, begin + self.own.start - texts.start
+        return slice(begin, begin + count), block_bg[row:, column:].diagonal()[:count]
+
+    def add_slopes(self, images: slice, texts: slice, slopes_bg: Tensor, own_slope: float) -> None:
+        """Take in the slopes of a block, to which `own_slope` is added where an image meets its own text."""
+        # In the block, not after the products: near the end of training the two cancel.
+        self.own_pairs(images, texts, slopes_bg)[1].add_(own_slope)
         slopes_bg = self.matmul.cast(slopes_bg)
         if "image" in self._wanted:
             self.matmul.add(self._image_grad_BE[images], slopes_bg, self._text_GE[texts])
         if "text" in self._wanted:
-            self.matmul.add(self._text_grad_GE[texts], slopes_bg.T, self._scaled_BE[images])
-
-    def add_own_slopes(self, slope: float) -> None:
-        """The same slope for each pair of an image and its own text."""
-        dtype = self.image_BE.dtype
-        self._image_grad_BE.add_(self._text_GE[self.own].to(dtype), alpha=slope)
-        self._text_grad_GE[self.own].add_(self._scaled_BE.to(dtype), alpha=slope)
+            self.matmul.add(self._text_grad_GE[texts], slopes_bg.T, self._cast_BE[images])
 
     def gradients(self) -> dict[str, Tensor]:
         """Of `image` and `text` [B, E], where they are wanted, complete; of `scale` this rank's share."""
-        # The texts' sums have the factor s already, by the scaled images.
         found = {}
         if "image" in self._wanted:
-            found["scale"] = (self.image_BE * self._image_grad_BE).sum()
-            found["image"] = self._image_grad_BE * self.scale
+            found["scale"] = torch.dot(self.image_BE.flatten(), self._image_grad_BE.flatten())
+            found["image"] = self._image_grad_BE.mul_(self.scale)
         else:
-            found["scale"] = (self._text_GE.to(self.image_BE.dtype) * self._text_grad_GE).sum() / self.scale
+            text_GE = self._text_GE.to(self.image_BE.dtype)
+            found["scale"] = torch.dot(text_GE.flatten(), self._text_grad_GE.flatten())
         if "text" in self._wanted:
-            found["text"] = self.group.reduce_scatter_sum(self._text_grad_GE)
+            found["text"] = self.group.reduce_scatter_sum(self._text_grad_GE).mul_(self.scale)
         return found

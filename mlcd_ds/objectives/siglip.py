@@ -57,16 +57,16 @@ def siglip_loss(pairs: Pairs, bias: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of other and of own pairs [2], over the whole batch, and the gradients (`Pairs.gradients`, `bias`)."""
     with pairs.matmul.active():
         share = 1 / pairs.num_pairs
-        total, slope = (bias.new_zeros(()) for _ in range(2))
+        others, own, slope = (bias.new_zeros(()) for _ in range(3))
         for images, texts, logits_bg in pairs.blocks():
             logits_bg.add_(bias)
-            total += F.softplus(logits_bg, threshold=80).sum()
+            entries = pairs.own_pairs(images, texts, logits_bg)[1]
+            own += F.softplus(-entries, threshold=80).sum()
+            entries_of_others = F.softplus(logits_bg, threshold=80)
+            pairs.own_pairs(images, texts, entries_of_others)[1].zero_()
+            others += entries_of_others.sum()
             slopes_bg = logits_bg.sigmoid_().mul_(share)
+            pairs.add_slopes(images, texts, slopes_bg, own_slope=-share)
             slope += slopes_bg.sum()
-            pairs.add_slopes(images, texts, slopes_bg)
-        own_B = pairs.own_logits() + bias
-        pairs.add_own_slopes(-share)
-    own = F.softplus(-own_B, threshold=80).sum()
-    parts = torch.stack([total - F.softplus(own_B, threshold=80).sum(), own]) * share
-    gradients = pairs.gradients() | {"bias": slope - share * len(pairs.image_BE)}
-    return pairs.group.all_reduce_sum(parts), gradients
+    parts = torch.stack([others, own]) * share
+    return pairs.group.all_reduce_sum(parts), pairs.gradients() | {"bias": slope}
