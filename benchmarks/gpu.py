@@ -60,6 +60,7 @@ from mlcd_ds.clustering.row_sampling import Sample
 from mlcd_ds.config import load_recipe
 from mlcd_ds.data import reference
 from mlcd_ds.data.dali import EncodedBatch, EvaluationDecoder, ImageDecoder, WholeImages
+from mlcd_ds.data.fields import Labels
 from mlcd_ds.data.label_store import LabelManifest, LabelStore
 from mlcd_ds.data.loader import AugmentConfig, StreamSlice, TrainLoader
 from mlcd_ds.data.order import SampleOrder
@@ -72,6 +73,7 @@ from mlcd_ds.engine.engine_config import read_layout, resolve_ds_config
 from mlcd_ds.engine.hardware import peak_tflops
 from mlcd_ds.engine.layout import plan_batches
 from mlcd_ds.engine.trainer import Trainer
+from mlcd_ds.engine.training_data import open_training_data
 from mlcd_ds.models.convert import vision_config
 from mlcd_ds.models.noise import TrainingNoise
 from mlcd_ds.models.vit import ViT, flops_per_image
@@ -257,13 +259,13 @@ def step_waits() -> dict[str, int]:
     path = ROOT / DS_CONFIG
     config = read_ds_config(path)
     fixed = ("optimizer.warmup_steps=1", "train.global_batch=64", f"train.precision={PRECISION}")
-    with shards(num_centers=20_000) as (folder, index, labels), alone() as group:
+    with shards(num_centers=20_000) as (folder, _, labels), alone() as group:
         changed = (f"data.index={folder / 'index'}", f"data.labels={labels}", "data.clusters=null", "head.init=normal")
         recipe = load_recipe("demo", (*fixed, *changed))
         layout = read_layout(config, path, 1)
         plan = plan_batches(recipe, layout, 0)
         ds_config = resolve_ds_config(config, path, recipe, layout, plan)
-        trainer = Trainer(recipe, ds_config, layout, index, LabelStore(labels, index), group, DEVICE)
+        trainer = Trainer(recipe, ds_config, layout, open_training_data(recipe), group, DEVICE)
         batches = trainer.batches(0)
         for step in range(3):
             trainer.step(step, batches)
@@ -511,15 +513,16 @@ def loader() -> dict[str, object]:
     threads = min(8, os.cpu_count() or 1)
     result: dict[str, object] = {"threads": threads}
     with shards() as (_, index, labels):
-        store = LabelStore(labels, index)
+        fields = {"labels": Labels(LabelStore(labels, index))}
         order = SampleOrder(index.counts, 1, 512, 0)
-        training = TrainLoader(index, store, order, StreamSlice((0,), batch, 1), form, AugmentConfig(), DEVICE, threads)
+        images, plain = StreamSlice((0,), batch, 1), AugmentConfig()
+        training = TrainLoader(index, fields, order, images, form, plain, DEVICE, threads)
         batches = training.batches(0)
         result["training_images_per_s"] = throughput(batches, batch)
         batches.close()
         training.close()
         jitter = AugmentConfig(color_jitter=0.4, hue_jitter=36)
-        coloured = TrainLoader(index, store, order, StreamSlice((0,), batch, 1), form, jitter, DEVICE, threads)
+        coloured = TrainLoader(index, fields, order, images, form, jitter, DEVICE, threads)
         batches = coloured.batches(0)
         result["training_images_per_s_with_colours"] = throughput(batches, batch)
         batches.close()

@@ -45,7 +45,7 @@ from mlcd_ds.heads.groups import make_head_groups
 from mlcd_ds.heads.head_memory import head_memory, stored_logits
 from mlcd_ds.heads.partial_fc import HeadConfig, PartialFCHead
 from mlcd_ds.heads.row_optimizer import AdamWRule, RowOptimizer
-from mlcd_ds.objectives.class_losses import ClassLoss, ObjectiveConfig
+from mlcd_ds.objectives.class_losses import ClassLoss, ClassLossConfig
 
 NUM_LABELS, ROUNDS = 8, 7
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,7 +73,7 @@ class OurHead:
 
     def __init__(self, sizes: Sizes, group: Group, precision: str, kernel: str = "auto", update: str = "lazy") -> None:
         config = HeadConfig(sample_rate=sizes.rate, precision=precision, kernel=kernel, update=update)
-        loss = ClassLoss(ObjectiveConfig(scale=SCALE, margin=MARGIN))
+        loss = ClassLoss(ClassLossConfig(scale=SCALE, margin=MARGIN))
         self.head = PartialFCHead(sizes.classes, sizes.dim, config, loss, make_head_groups(group), 0, DEVICE)
         with torch.no_grad():
             self.head.weight_LE.normal_(std=0.01)

@@ -33,9 +33,10 @@ from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.precision import decide_precision
 from mlcd_ds.engine.run_memory import training_memory
 from mlcd_ds.engine.trainer import Trainer
-from mlcd_ds.heads.head_memory import head_memory
+from mlcd_ds.engine.training_data import open_data
 from mlcd_ds.models import layers
-from mlcd_ds.stages.train import open_data
+from mlcd_ds.objectives.base import PlannedRun
+from mlcd_ds.objectives.registry import kind_of
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = (
@@ -104,8 +105,8 @@ def measure(name: str, *overrides: str) -> None:
             layers.attend = F.scaled_dot_product_attention
         batches_plan = plan_batches(recipe, layout, group.rank)
         ds_config = resolve_ds_config(config, path, recipe, layout, batches_plan)
-        index, labels = open_data(recipe, group)
-        trainer = Trainer(recipe, ds_config, layout, index, labels, group, device)
+        data = open_data(recipe, group)
+        trainer = Trainer(recipe, ds_config, layout, data, group, device)
         batches = trainer.batches(0)
         for step in range(2):
             trainer.step(step, batches)
@@ -122,10 +123,8 @@ def measure(name: str, *overrides: str) -> None:
         has_average=recipe.train.ema_decay is not None,
         buffers=zero_buffers(config, path),
     )
-    images = batches_plan.micro_batch * layout.data_parallel
-    plan["head"] = head_memory(
-        launch.world_size, labels.num_centers, recipe.model.embed_dim, images, recipe.objective.num_labels or 8
-    )["state"]
+    run = PlannedRun(launch.world_size, layout.tensor_parallel, batches_plan.micro_batch, data.labels.num_centers)
+    plan["head"] = kind_of(recipe.objective).need(recipe, run).memory["head: state"]
     if launch.is_main:
         sys.stdout.write(json.dumps({"measured": peak, "plan": plan}) + "\n")
         sys.stdout.flush()

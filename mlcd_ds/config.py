@@ -10,125 +10,33 @@ from __future__ import annotations
 import difflib
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
 from mlcd_ds.artefacts.readers import parse_yaml, read_yaml
-from mlcd_ds.artefacts.typed import MAX_THREADS, FilePath, Freedom, Frozen, first_problem, free_field, shown
-from mlcd_ds.data.loader import AugmentConfig
+from mlcd_ds.artefacts.typed import Freedom, first_problem, shown
 from mlcd_ds.errors import UserError
-from mlcd_ds.heads.partial_fc import HeadConfig
-from mlcd_ds.models.vit import ViTConfig
-from mlcd_ds.objectives.class_losses import ObjectiveConfig
+from mlcd_ds.objectives.class_losses import ClassLossConfig
+from mlcd_ds.objectives.registry import (
+    DEFAULT_NAME,
+    KINDS,
+    AnyObjectiveConfig,
+    kind_named,
+    kind_of,
+    owners_of_key,
+    owners_of_section,
+)
+from mlcd_ds.recipes.sections import Sections
 
-Decay = Annotated[float, Field(ge=0, lt=1)]
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
 
-class DataConfig(Frozen):
-    """Where images and labels come from, and in which order."""
-
-    index: FilePath | None = free_field(None, description="folder of `mlcd index`")
-    labels: FilePath | None = free_field(None, description="folder of `mlcd assign`")
-    clusters: FilePath | None = free_field(None, description="folder of `mlcd cluster`; head.init=centers reads it")
-    augment: AugmentConfig = AugmentConfig()
-    knn_index: FilePath | None = free_field(
-        None, description="folder of `mlcd index` with labelled images, for train.knn_every"
-    )
-    knn_label_key: str = free_field("label", description="key of the whole number in their .json; null is no label")
-    num_streams: int = Field(4, ge=1, description="equal parts of the global batch; ranks must divide it")
-    shuffle_window: int = Field(
-        8192, ge=1, le=10**8, description="samples of a stream that are shuffled among each other"
-    )
-    num_threads: int = free_field(2, ge=1, le=MAX_THREADS, description="decoding threads of a rank")
-
-
-class OptimizerConfig(Frozen):
-    """AdamW for the backbone; its numbers and its schedule also for the head."""
-
-    name: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: orthogonalised momentum for the blocks' matrices, AdamW for the rest; not clipped"
-    )
-    muon_lr_scale: float = Field(20.0, gt=0, description="factor on lr for Muon's matrices")
-    muon_momentum: float = Field(0.95, ge=0, lt=1, description="of Muon")
-    lr: float = Field(gt=0, description="peak learning rate")
-    weight_decay: float = Field(0.2, ge=0, description="on matrices only (paper: 0.2)")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.98), description="AdamW's decay rates (not published)")
-    eps: float = Field(1e-6, gt=0, description="AdamW's epsilon (not published)")
-    warmup_steps: int = Field(2000, ge=0, description="linear warm-up (paper: 2,000)")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up (not published)")
-    cooldown_steps: int = free_field(
-        0, when="rates", ge=0, description="of schedule constant: the last steps, in which lr falls linearly"
-    )
-    final_lr: float = Field(0.0, ge=0, le=1, description="part of lr at the end (not published)")
-    layer_decay: float = Field(
-        1.0, gt=0, le=1, description="factor on lr from a block to the one before it, for fine-tuning; 1: none"
-    )
-    clip_norm: float = Field(5.0, gt=0, description="largest gradient norm of the backbone (team code: 5)")
-    head_clip_norm: float = Field(5.0, gt=0, description="largest gradient norm of the head, all shards (team code: 5)")
-    head_lr_scale: float = Field(1.0, gt=0, description="factor on lr for the head")
-
-
-class PhaseConfig(Frozen):
-    """A first part of a run with other images. A null value inherits the run's."""
-
-    until: int = Field(ge=1, description="the phase ends after this many steps of the run")
-    image_size: int | None = Field(
-        None, ge=1, le=4096, description="pixels; model.image_size comes after the last phase"
-    )
-    token_drop: float | None = Field(None, ge=0, lt=1, description="part of the patches left out")
-
-
-class TrainConfig(Frozen):
-    """Length, batch, precision and book-keeping of a run."""
-
-    out: FilePath = free_field(Path("runs/train"), description="folder of the run")
-    init_from: FilePath | None = Field(
-        None,
-        description="what the run starts from: another run, or a checkpoint of one, backbone and head; or a Hugging "
-        "Face folder (CLIP, MLCD, or `mlcd export`'s), the backbone alone",
-    )
-    steps: int = free_field(when="rates", ge=1, le=10**9, description="optimizer steps")
-    global_batch: int = Field(ge=1, le=2**20, description="images a step, over all ranks")
-    micro_batch_per_rank: int | None = free_field(None, ge=1, description="images a forward pass; null: all of a rank")
-    drop_path: float = Field(0.0, ge=0, lt=1, description="chance that an image skips a branch of the last block")
-    token_drop: float = Field(0.0, ge=0, lt=1, description="part of an image's patches left out, drawn each time")
-    phases: tuple[PhaseConfig, ...] = Field((), description="what comes before the settings above: low resolution, say")
-    recompute: Literal["none", "mlp", "block"] = free_field(
-        "none", description="activation checkpointing: of each block's MLP branch, or of each whole block"
-    )
-    compile: bool = free_field(
-        False, description="torch.compile each block (needs a C++ compiler; slow at the first steps)"
-    )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "bf16", description="of the backbone; auto: as the DeepSpeed file says"
-    )
-    seed: int = Field(0, ge=0, lt=2**31, description="of weights, order, crops and sampled classes")
-    checkpoint_every: int = free_field(1000, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = free_field(2, ge=1, description="newest checkpoints that stay on disk")
-    milestone_every: int | None = free_field(None, ge=1, description="steps between checkpoints that stay for good")
-    ema_decay: float | None = free_field(
-        None, gt=0, lt=1, description="of a moving average of the backbone's weights, kept beside them; null: none"
-    )
-    knn_every: int | None = free_field(None, ge=1, description="steps between kNN accuracies on data.knn_index")
-    profile_steps: tuple[int, int] | None = free_field(
-        None, description="first and last step, counted from 1, of a trace by torch.profiler in the run's folder"
-    )
-    log_every: int = free_field(10, ge=1, description="steps between log entries; the host waits for the device then")
-
-
-class Recipe(Frozen):
+class Recipe(Sections):
     """A whole run."""
 
-    description: str = free_field(min_length=1, description="what the run is, and what is to be expected of it")
-    model: ViTConfig
-    data: DataConfig = DataConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    head: HeadConfig = HeadConfig()
-    optimizer: OptimizerConfig
-    train: TrainConfig
+    objective: AnyObjectiveConfig = ClassLossConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -137,13 +45,8 @@ class Recipe(Frozen):
                 f"train.global_batch {self.train.global_batch} is not a multiple of data.num_streams "
                 f"{self.data.num_streams}: change one of them"
             )
-        if self.head.init == "centers" and self.data.labels and not self.data.clusters:
-            raise ValueError("head.init is centers, but data.clusters is not given: add data.clusters=FOLDER")
-        if self.head.sampling == "partial_fc" and self.train.micro_batch_per_rank:
-            raise ValueError(
-                "head.sampling partial_fc draws around the labels of a whole batch, which micro-batches cut: set "
-                "train.micro_batch_per_rank=null or head.sampling=uniform"
-            )
+        kind_of(self.objective).check(self)
+        _check_sections(self)
         if self.train.knn_every and not self.data.knn_index:
             raise ValueError("train.knn_every is given, but data.knn_index is not: add data.knn_index=FOLDER")
         if (steps := self.train.profile_steps) and not 1 <= steps[0] <= steps[1]:
@@ -172,6 +75,26 @@ class Recipe(Frozen):
                 f"lower it (optimizer.warmup_steps={self.train.steps // 10})"
             )
         return self
+
+
+def _check_sections(recipe: Recipe) -> None:
+    """Raise ValueError where a section that is for other objectives says something."""
+    kind = kind_of(recipe.objective)
+    for section, field in type(recipe).model_fields.items():
+        owners = owners_of_section(section)
+        if not owners or section in kind.sections or getattr(recipe, section) == field.default:
+            continue
+        given = [key for key in changed_entries(_plain(field.default), _plain(getattr(recipe, section)))]
+        name = ".".join([section, *given[:1]])
+        raise ValueError(_belongs_elsewhere(name, owners, recipe.objective.name))
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else {}
+
+
+def _belongs_elsewhere(key: str, owners: list[str], objective: str) -> str:
+    return f"{key} belongs to {', '.join(owners)}; this recipe's objective is {objective}"
 
 
 def recipe_names() -> list[str]:
@@ -208,7 +131,18 @@ def _read_with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: base {base!r} leads back to itself: {' -> '.join(map(str, (*chain, base_path)))}.")
     below = _read_with_bases(base_path, chain)
     below.pop("description", None)  # it describes another run
+    kind = kind_named(_name_in(content, ""))
+    if kind not in (None, kind_named(_name_in(below))):
+        others = [name for name in Recipe.model_fields if owners_of_section(name) and name not in kind.sections]
+        for section in ("objective", *others):
+            below.pop(section, None)  # they are another objective's
     return _merged(below, content)
+
+
+def _name_in(content: dict[str, Any], default: str = DEFAULT_NAME) -> str:
+    """The name of the objective in a recipe's mapping."""
+    section = content.get("objective")
+    return str(section.get("name", default)) if isinstance(section, dict) else default
 
 
 def _merged(below: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -226,21 +160,36 @@ def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        hint = ""
         problem = error.errors()[0]
+        location, hint = problem["loc"], "."
+        if location[:1] == ("objective",) and len(location) > 2:
+            location = ("objective", *location[2:])  # pydantic puts the objective's name between
+        told = first_problem(error, location)
         if problem["type"] == "extra_forbidden":
-            hint = unknown_key_hint(problem["loc"])
-        raise UserError(f"{where}: {first_problem(error)}.{hint}") from None
+            told, hint = _unknown_key(told, location, _name_in(content))
+        raise UserError(f"{where}: {told}{hint}") from None
 
 
-def unknown_key_hint(location: tuple[int | str, ...]) -> str:
-    """Name the known keys nearest to an unknown one."""
-    model: Any = Recipe
+def _unknown_key(told: str, location: tuple[int | str, ...], objective: str) -> tuple[str, str]:
+    """What to say of a key that its section does not have: whose it is, or the known keys nearest to it."""
+    model: type[BaseModel] = Recipe
+    config_type = (kind_named(objective) or KINDS[0]).config_type
     for part in location[:-1]:
-        # A number is a place in a tuple of models.
-        model = typing.get_args(model)[0] if isinstance(part, int) else model.model_fields[part].annotation
-    near = difflib.get_close_matches(str(location[-1]), model.model_fields, n=3)
-    return f" Did you mean {' or '.join(near)}?" if near else f" Known keys: {', '.join(model.model_fields)}."
+        if isinstance(part, str):  # a number is a place in a tuple of models
+            models = models_in(model.model_fields[part].annotation)
+            model = config_type if config_type in models else models[0]
+    key = str(location[-1])
+    if model is config_type and (owners := owners_of_key(key)):
+        return _belongs_elsewhere(f"objective.{key}", owners, objective), "."
+    near = difflib.get_close_matches(key, model.model_fields, n=3)
+    return told, f". Did you mean {' or '.join(near)}?" if near else f". Known keys: {', '.join(model.model_fields)}."
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field may hold: itself, or members of a union or a tuple."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in typing.get_args(annotation) for model in models_in(inner)]
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
@@ -290,6 +239,7 @@ def free_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Fr
     for name, field in model.model_fields.items():
         if isinstance(field.json_schema_extra, dict) and "free" in field.json_schema_extra:
             free[f"{prefix}{name}"] = typing.cast(Freedom, field.json_schema_extra["free"])
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            free |= free_keys(field.annotation, f"{prefix}{name}.")
+        elif typing.get_origin(field.annotation) is not tuple:
+            for inner in models_in(field.annotation):
+                free |= free_keys(inner, f"{prefix}{name}.")
     return free

@@ -36,7 +36,14 @@ def try_out(tree: Path, source: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_there_is_an_example_of_each() -> None:
-    assert list(EXAMPLES) == ["An objective", "An encoder", "A data field", "An optimizer", "A kernel"]
+    assert list(EXAMPLES) == [
+        "An objective",
+        "A loss over class centres",
+        "An encoder",
+        "A data field",
+        "An optimizer",
+        "A kernel",
+    ]
     assert all(set(example) == {"diff", "python"} for example in EXAMPLES.values())
 
 

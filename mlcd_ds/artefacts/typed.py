@@ -38,10 +38,10 @@ def free_field(default: Any = ..., *, when: Freedom = "always", **settings: Any)
     return Field(default, json_schema_extra={"free": when}, **settings)
 
 
-def first_problem(error: ValidationError) -> str:
-    """The first entry of a pydantic error as `key: message`."""
+def first_problem(error: ValidationError, location: tuple[int | str, ...] | None = None) -> str:
+    """The first entry of a pydantic error as `key: message`; `location`: the key, where it is not pydantic's."""
     problem = error.errors()[0]
-    where = ".".join(str(part)[:100] for part in problem["loc"])
+    where = ".".join(str(part)[:100] for part in (problem["loc"] if location is None else location))
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {message} (got {shown(problem['input'])})" if where else message
 

@@ -1,13 +1,13 @@
-"""Batches of images for training and evaluation: the order of samples, the tars, the labels and DALI, joined.
+"""Batches of images for training and evaluation: the order of samples, the tars, the fields and DALI, joined.
 
-B images on this rank, P labels an image.
+B images on this rank.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from mlcd_ds.artefacts.typed import Frozen
 from mlcd_ds.data.colors import NUM_COLORS, random_colors, random_keys
 from mlcd_ds.data.crops import random_boxes
 from mlcd_ds.data.dali import EncodedBatch, EvaluationDecoder, ImageDecoder, WholeImages
-from mlcd_ds.data.label_store import LabelStore
+from mlcd_ds.data.fields import DataField
 from mlcd_ds.data.order import SampleOrder
 from mlcd_ds.data.pixels import PixelFormat
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
@@ -51,16 +51,21 @@ class AugmentConfig(Frozen):
 
 
 @dataclass(frozen=True)
-class LabelledBatch:
-    """A micro-batch on the device: images fp32 [B, 3, S, S], labels int64 [B, P], keys of their noise int64 [B]."""
+class Batch:
+    """A micro-batch on the device: images fp32 [B, 3, S, S], fields [B, ...] by name; of each image its place in the
+    shard set, and the key of its noise, int64 [B]."""
 
     images_B3SS: Tensor
-    labels_BP: Tensor
+    fields: Mapping[str, Tensor]
+    ids_B: Tensor
     keys_B: Tensor
 
-    def of_all(self, group: Group) -> LabelledBatch:
-        """The shares of all ranks, in rank order. Three all-gathers."""
-        return LabelledBatch(*(group.all_gather(share) for share in (self.images_B3SS, self.labels_BP, self.keys_B)))
+    def of_all(self, group: Group) -> Batch:
+        """The shares of all ranks, in rank order. An all-gather of images, one of each field, one of ids and keys."""
+        images_B3SS = group.all_gather(self.images_B3SS)
+        fields = {name: group.all_gather(share) for name, share in self.fields.items()}
+        numbers_B2 = group.all_gather(torch.stack([self.ids_B, self.keys_B], dim=1))
+        return Batch(images_B3SS, fields, *numbers_B2.unbind(dim=1))
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ class TrainLoader:
     def __init__(
         self,
         index: ShardIndex,
-        labels: LabelStore,
+        fields: Mapping[str, DataField],
         order: SampleOrder,
         batch_slice: StreamSlice,
         pixels: PixelFormat,
@@ -118,7 +123,7 @@ class TrainLoader:
         num_threads: int,
         prefetch: int = 2,
     ) -> None:
-        self._index, self._labels, self._order, self._batch_slice = index, labels, order, batch_slice
+        self._index, self._fields, self._order, self._batch_slice = index, fields, order, batch_slice
         self._augment, self._device, self._prefetch = augment, device, prefetch
         self._reader = ShardReader(index)
         self._decoder = ImageDecoder(
@@ -130,14 +135,14 @@ class TrainLoader:
         )
         self.wait_s = 0.0
 
-    def batches(self, first_step: int) -> Generator[LabelledBatch, None, None]:
+    def batches(self, first_step: int) -> Generator[Batch, None, None]:
         """Micro-batches of steps `first_step`, `first_step + 1`, ... in order.
 
         Files are read by one background thread, images decoded by DALI's threads, both ahead of the consumer.
         """
         micro_batch = first_step * self._batch_slice.num_micro_batches
-        read: deque[Future[tuple[EncodedBatch, np.ndarray, np.ndarray]]] = deque()
-        decoding: deque[tuple[np.ndarray, np.ndarray]] = deque()
+        read: deque[Future[tuple[EncodedBatch, dict[str, np.ndarray], np.ndarray]]] = deque()
+        decoding: deque[tuple[dict[str, np.ndarray], np.ndarray]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="read-shards") as pool:
             try:
                 while True:
@@ -146,29 +151,33 @@ class TrainLoader:
                         read.append(pool.submit(self._read, micro_batch))
                         micro_batch += 1
                     while len(decoding) < 2:  # one decodes while the other is consumed
-                        encoded, labels, keys = read.popleft().result()
+                        encoded, fields, numbers_B2 = read.popleft().result()
                         self._decoder.push(encoded)
-                        decoding.append((labels, keys))
+                        decoding.append((fields, numbers_B2))
                         read.append(pool.submit(self._read, micro_batch))
                         micro_batch += 1
                     images = self._decoder.pop()
-                    others = (torch.from_numpy(array) for array in decoding.popleft())
-                    labels_BP, keys_B = (tensor.to(self._device, non_blocking=True) for tensor in others)
+                    fields, numbers_B2 = decoding.popleft()
+                    on_device = {name: self._to_device(array) for name, array in fields.items()}
+                    batch = Batch(images, on_device, *self._to_device(numbers_B2).unbind(dim=1))
                     self.wait_s += time.perf_counter() - begin
-                    yield LabelledBatch(images, labels_BP, keys_B)
+                    yield batch
             finally:
                 for future in read:
                     future.cancel()
 
-    def _read(self, micro_batch: int) -> tuple[EncodedBatch, np.ndarray, np.ndarray]:
-        """Encoded images, augmentation parameters, labels and noise keys of this rank's share of a micro-batch."""
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+    def _read(self, micro_batch: int) -> tuple[EncodedBatch, dict[str, np.ndarray], np.ndarray]:
+        """Encoded images with their augmentation, fields and numbers of this rank's share of a micro-batch."""
         parts = [self._order.global_ids(*span) for span in self._batch_slice.spans(micro_batch)]
         ids, epochs = (np.concatenate(column)[self._batch_slice.loaded] for column in zip(*parts, strict=True))
         shards, rows = self._order.locate(ids)
         samples = [self._index.samples(int(shard)) for shard in shards]
         images = [self._reader.read(int(s), t.image, int(r)) for s, t, r in zip(shards, samples, rows, strict=True)]
         sizes = np.stack([table.sizes_N2[row] for table, row in zip(samples, rows, strict=True)])
-        labels = np.stack([self._labels.shard(int(s))[r] for s, r in zip(shards, rows, strict=True)]).astype(np.int64)
+        fields = {name: field.read(shards, rows) for name, field in self._fields.items()}
         boxes, flips = np.empty((len(ids), 4), np.int32), np.zeros(len(ids), np.int32)
         colors, noise_keys = np.empty((len(ids), NUM_COLORS), np.float32), np.empty(len(ids), np.int64)
         augment, seed = self._augment, self._order.seed
@@ -180,7 +189,8 @@ class TrainLoader:
             noise_keys[chosen] = random_keys(*draw)
         keys = [f"{self._index.shards[int(s)].path}:{t.keys[r]}" for s, t, r in zip(shards, samples, rows, strict=True)]
         flips = flips if self._augment.flip else np.zeros_like(flips)
-        return EncodedBatch(images, boxes, flips, ", ".join(keys), colors), labels, noise_keys
+        numbers_B2 = np.stack([ids.astype(np.int64), noise_keys], axis=1)
+        return EncodedBatch(images, boxes, flips, ", ".join(keys), colors), fields, numbers_B2
 
     def close(self) -> None:
         """Close the tars."""

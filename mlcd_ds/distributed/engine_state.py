@@ -27,7 +27,8 @@ def engine_state(engine: Any) -> EngineState:
 
 
 class EngineState(ABC):
-    """Weights, moments, the number of updates and the loss scale of an engine; parameters go by their names.
+    """Weights, moments, the number of updates and the loss scale of an engine; parameters go by the names that the
+    module has for them in checkpoints (models/towers.py).
 
     In a tensor-parallel group, each rank's state covers its own part only. To restore into a new engine: `begin`, then
     `set` weights and moments of all parameters, then `finish`.
@@ -36,7 +37,7 @@ class EngineState(ABC):
     def __init__(self, engine: Any) -> None:
         self._engine, self._zero = engine, engine.optimizer
         self._adam = getattr(engine.optimizer, "optimizer", engine.optimizer)  # torch's, wrapped or not
-        self._parameters: dict[str, Any] = dict(engine.module.named_parameters())
+        self._parameters: dict[str, Any] = dict(engine.module.stored_parameters())
         self.has_average = False
 
     @property

@@ -1,7 +1,7 @@
 """Checkpoints of a run: written under another name, renamed when complete, checked before they are read.
 
 RUN/checkpoints/step_00000100/ holds the backbone's fp32 weights (for evaluation and export, too), the optimizer's
-moments, the head by class range, and checkpoint.json, which names every file with its checksum. Nothing in it depends
+moments, what the objective keeps, and checkpoint.json, which names every file with its checksum. Nothing in it depends
 on the layout: a run with another number of ranks, ZeRO stage or size of groups can resume from it. A kill at any
 moment leaves the previous checkpoint as it was.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -25,20 +26,21 @@ from mlcd_ds.artefacts.readers import check_record
 from mlcd_ds.config import Recipe
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.engine_state import EngineState
+from mlcd_ds.distributed.groups import ParallelGroups
 from mlcd_ds.engine.layout import Layout
 from mlcd_ds.engine.training_state import load_training_state, save_training_state
 from mlcd_ds.engine.weights import (
     CHECKPOINT_NAME,
     CHECKPOINTS,
     CheckpointManifest,
+    FrozenTower,
     checkpoint_folders,
     older_checkpoint,
     read_checkpoint,
     write_checkpoint_manifest,
 )
 from mlcd_ds.errors import UserError
-from mlcd_ds.heads.head_state import head_files, load_head, save_head
-from mlcd_ds.heads.partial_fc import PartialFCHead
+from mlcd_ds.objectives.base import Objective
 
 logger = logging.getLogger("mlcd_ds")
 
@@ -54,22 +56,23 @@ def git_commit() -> str | None:
 
 
 class Checkpointer:
-    """Saves and restores engine, head and step of one run."""
+    """Saves and restores engine, objective and step of one run."""
 
     def __init__(
         self,
         recipe: Recipe,
         layout: Layout,
         state: EngineState,
-        head: PartialFCHead,
-        head_optimizer: Any,
-        group: Group,
+        objective: Objective,
+        groups: ParallelGroups,
         inputs: dict[str, str],
         ds_config: dict[str, Any],
+        frozen: dict[str, FrozenTower] | None = None,
     ) -> None:
+        self._frozen = frozen or {}
         self._ds_config = ds_config
-        self._recipe, self._layout, self._group, self._inputs = recipe, layout, group, inputs
-        self._state, self._head, self._head_optimizer = state, head, head_optimizer
+        self._recipe, self._layout, self._group, self._inputs = recipe, layout, groups.world, inputs
+        self._state, self._objective, self._groups = state, objective, groups
         self._folder = recipe.train.out / CHECKPOINTS
         self._git_commit = git_commit()
 
@@ -110,8 +113,7 @@ class Checkpointer:
 
     def _check_finite(self, step: int) -> None:
         """All ranks raise the same UserError, or none does. Collective."""
-        head = (self._head.weight_LE, *self._head_optimizer.state.values())
-        is_finite = self._state.is_finite and all(bool(tensor.isfinite().all()) for tensor in head)
+        is_finite = self._state.is_finite and self._objective.is_finite
         if self._group.all_reduce_max(torch.tensor([float(not is_finite)])).item():
             raise UserError(
                 f"weights or moments are not finite after step {step}: no checkpoint is written. Lower optimizer.lr; "
@@ -124,8 +126,8 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self._group.barrier()
-        save_training_state(partial, self._state, self._group, self._head.groups.tensor)
-        save_head(partial, self._head, self._head_optimizer)
+        save_training_state(partial, self._state, self._group, self._groups.tensor)
+        self._objective.save(partial)
         self._group.barrier()
         records = self._records(partial)
         if self._group.is_main:
@@ -134,13 +136,14 @@ class Checkpointer:
                 num_ranks=self._group.size,
                 zero_stage=self._layout.zero_stage,
                 tensor_parallel=self._layout.tensor_parallel,
-                num_classes=self._head.classes.num_classes,
+                objective=self._objective.note(),
                 num_updates=self._state.num_updates,
                 loss_scale=self._state.loss_scale,
                 inputs=self._inputs,
                 recipe=self._recipe.model_dump(mode="json"),
                 deepspeed=self._ds_config,
                 files=records,
+                frozen=self._frozen,
                 versions=library_versions(),
                 git_commit=self._git_commit,
             )
@@ -173,9 +176,8 @@ class Checkpointer:
         folder = folders[-1]
         manifest = read_checkpoint(folder)
         self._check(folder, manifest)
-        tensor_group = self._head.groups.tensor
-        load_training_state(folder, self._state, tensor_group, manifest)
-        load_head(folder, self._head, self._head_optimizer)
+        load_training_state(folder, self._state, self._groups.tensor, manifest)
+        self._objective.load(folder)
         return manifest.step
 
     def _set_incomplete_aside(self) -> None:
@@ -202,16 +204,22 @@ class Checkpointer:
                 f"{folder} was saved by an earlier version, whose optimizer state this one does not read. It can be "
                 "evaluated and exported; to go on from its weights, export it, and start a new run --init-from that."
             )
-        check_files(folder, manifest, list(manifest.files), self._group)
+        check_files(folder, manifest, list(manifest.files), self._group, self._objective.own_files)
 
 
-def check_files(folder: Path, manifest: CheckpointManifest, names: list[str], group: Group) -> None:
-    """Compare files of a checkpoint with their checksums, dealt over the ranks. Collective; UserError names one."""
+def check_files(
+    folder: Path, manifest: CheckpointManifest, names: list[str], group: Group, own_files: re.Pattern[str] | None
+) -> None:
+    """Compare files of a checkpoint with their checksums, dealt over the ranks. Collective; UserError names one.
+
+    `own_files`: names of what the objective wrote.
+    """
     mine = sorted(names)[group.rank :: group.size]
     bad = [name for name in mine if not _is_whole(folder / name, manifest.files[name])]
     bad = [name for part in group.gather_objects(bad) for name in part]
-    # A head file that the manifest does not list would be read with the others.
-    bad += [path.name for path, _, _ in head_files(folder) if path.name not in manifest.files]
+    if own_files:  # one that the manifest does not list would be read with the others
+        present = sorted(path.name for path in folder.iterdir() if own_files.fullmatch(path.name))
+        bad += [name for name in present if name not in manifest.files]
     if bad:
         raise UserError(f"{folder / bad[0]} is missing, damaged, or of another checkpoint. {older_checkpoint(folder)}")
 

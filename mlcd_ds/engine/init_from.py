@@ -1,4 +1,5 @@
-"""Starting a run from given weights: a run of ours, backbone and head; or a Hugging Face folder, the backbone alone.
+"""Starting a run from given weights: a run of ours, backbone and objective; or a Hugging Face folder, the backbone
+alone.
 
 Only the weights are taken: the optimizer's state, the step and the order of samples are the new run's own.
 """
@@ -8,32 +9,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import nn
 
-from mlcd_ds.artefacts.manifest import check_outputs
-from mlcd_ds.artefacts.readers import decoding, read_json_object, read_tensors
+from mlcd_ds.artefacts.readers import decoding, read_tensors
 from mlcd_ds.config import Recipe, parse_recipe
-from mlcd_ds.data.label_store import LabelStore
+from mlcd_ds.data.fields import TrainingData
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.checkpoint import check_files
+from mlcd_ds.engine.released import check_shape
 from mlcd_ds.engine.weights import (
     CHECKPOINT_NAME,
     CONFIG_NAME,
+    WEIGHT_FILES,
     CheckpointManifest,
     checkpoint_folders,
-    load_backbone,
+    fill_from,
     newest_checkpoint,
+    older_checkpoint,
     read_checkpoint,
 )
 from mlcd_ds.errors import UserError
-from mlcd_ds.heads.head_state import FILE_NAME, load_head
-from mlcd_ds.heads.partial_fc import PartialFCHead
-from mlcd_ds.models.convert import from_vision_model
-from mlcd_ds.models.positions import resize_positions
-from mlcd_ds.models.vit import ViT, ViTConfig
-
-POSITIONS, REGISTERS = "embeddings.position_embedding.weight", "embeddings.register_embedding"
-PROJECTION = "projection.weight"
+from mlcd_ds.models.vit import ViT
+from mlcd_ds.objectives.base import Objective
+from mlcd_ds.objectives.registry import kind_of
 
 
 @dataclass(frozen=True)
@@ -44,50 +42,73 @@ class Start:
     checkpoint: CheckpointManifest | None
     group: Group
 
-    def check(self, model: ViTConfig, labels: LabelStore) -> None:
-        """Raise UserError where a run's backbone or centres are not for this model or these labels."""
+    @classmethod
+    def at(cls, folder: Path, group: Group) -> Start:
+        """At a checkpoint's folder, or a Hugging Face folder."""
+        return cls(folder, read_checkpoint(folder) if (folder / CHECKPOINT_NAME).exists() else None, group)
+
+    def check(self, recipe: Recipe, data: TrainingData) -> None:
+        """Raise UserError where a run's backbone, or what its objective kept, is not for this recipe or this data."""
         if self.checkpoint is None:
             return
         source = f"train.init_from {self.folder}"
         alone = "or take the backbone alone: --init-from an export of that run"
-        trained = parse_recipe(self.checkpoint.recipe, str(self.folder / CHECKPOINT_NAME)).model
-        _check_shape(trained, model, self.folder)
-        if trained.embed_dim != model.embed_dim:
-            raise UserError(
-                f"{source} has an embedding of {trained.embed_dim}, model.embed_dim is {model.embed_dim}: take that, "
-                f"{alone}."
-            )
-        if self.checkpoint.num_classes != labels.num_centers:
-            difference = f"has {self.checkpoint.num_classes} centres, {labels.folder} names {labels.num_centers}"
-        elif not _has_same_clusters(self.checkpoint.inputs, labels):
-            difference = f"was trained on other clusters than those of {labels.folder}"
-        else:
+        before, model = self._recipe, recipe.model
+        check_shape(before.model, model, self.folder)
+        if not self.is_of_kind(kind_of(recipe.objective)):
             return
-        raise UserError(f"{source} {difference}. Give labels of its clusters (`mlcd assign --clusters`), {alone}.")
+        if before.model.embed_dim != model.embed_dim:
+            raise UserError(
+                f"{source} has an embedding of {before.model.embed_dim}, model.embed_dim is {model.embed_dim}: take "
+                f"that, {alone}."
+            )
+        kind = kind_of(recipe.objective)
+        if difference := kind.check_start(self.checkpoint.objective, self.checkpoint.inputs, data):
+            raise UserError(f"{source} {difference}, {alone}.")
+
+    @property
+    def _recipe(self) -> Recipe:
+        """Of the run that it is a checkpoint of."""
+        assert self.checkpoint
+        return parse_recipe(self.checkpoint.recipe, str(self.folder / CHECKPOINT_NAME))
 
     def fill_backbone(self, model: ViT) -> list[str]:
         """Fill an initialised backbone; returns what was done, in words. UserError names what does not fit."""
-        if self.checkpoint is None:
-            return ["the backbone", *load_released(self.folder, model)]
-        trained = load_backbone(self.folder)
-        return ["the backbone", *_fill(model, trained.config, dict(trained.state_dict()), self.folder)]
+        return ["the backbone", *fill_from(self.folder, model)]
 
-    def fill_head(self, head: PartialFCHead) -> list[str]:
-        """Fill the centres from a run's checkpoint, which any number of ranks has written; returns what was done.
+    def fill_other(self, name: str, module: nn.Module) -> list[str]:
+        """Fill another tower, or an objective's module ("objective"), where a run of such has one; returns what was
+        done. UserError names what does not fit."""
+        file_name = WEIGHT_FILES[name]
+        if self.checkpoint is None or file_name not in self.checkpoint.files:
+            return []
+        path, fix = self.folder / file_name, f"{older_checkpoint(self.folder)} Or take a recipe with the same tower."
+        tensors = read_tensors(path, fix, self.checkpoint.files[file_name])
+        with decoding(path, fix):
+            module.load_state_dict(tensors)
+        return [f"the {name} tower" if name != "objective" else "the scale"]
 
-        Collective.
+    def is_of_kind(self, kind: type[Objective]) -> bool:
+        """Whether it is of a run with such an objective."""
+        return self.checkpoint is not None and kind_of(self._recipe.objective) is kind
+
+    def fill_objective(self, objective: Objective) -> list[str]:
+        """Give an objective its first values: from a run's checkpoint, which any number of ranks has written, where it
+        is one of the same kind. Returns what was done. Collective.
         """
-        assert self.checkpoint, "a Hugging Face folder has no head"
-        names = [name for name in self.checkpoint.files if FILE_NAME.fullmatch(name)]
-        check_files(self.folder, self.checkpoint, names, self.group)
-        load_head(self.folder, head, None)
-        return [f"the head's {head.classes.num_classes} centres"]
+        if self.checkpoint is None or not self.is_of_kind(type(objective)):
+            objective.init_weights()
+            return []
+        pattern = objective.own_files
+        names = [name for name in self.checkpoint.files if pattern and pattern.fullmatch(name)]
+        check_files(self.folder, self.checkpoint, names, self.group, pattern)
+        return objective.start_from(self.folder)
 
 
-def find_start(recipe: Recipe, labels: LabelStore, group: Group) -> Start | None:
+def find_start(recipe: Recipe, data: TrainingData, group: Group) -> Start | None:
     """What train.init_from names; None if it is not set, or if the run has checkpoints of its own. Collective.
 
-    UserError where it does not fit the recipe or the labels.
+    UserError where it does not fit the recipe or the data.
     """
     folder = recipe.train.init_from
     # All ranks use the first rank's view: a run that is still training may have other checkpoints a moment later.
@@ -95,60 +116,6 @@ def find_start(recipe: Recipe, labels: LabelStore, group: Group) -> Start | None
         return None
     if group.gather_objects((folder / CONFIG_NAME).exists())[0]:
         folder = group.gather_objects(newest_checkpoint(folder))[0]
-    is_ours = (folder / CHECKPOINT_NAME).exists()
-    start = Start(folder, read_checkpoint(folder) if is_ours else None, group)
-    start.check(recipe.model, labels)
+    start = Start.at(folder, group)
+    start.check(recipe, data)
     return start
-
-
-def load_released(folder: Path, model: ViT) -> list[str]:
-    """Fill an initialised backbone from a Hugging Face folder (a released CLIP or MLCD model, or `mlcd export`'s).
-
-    The projection is taken from projection.safetensors where that fits, else left as it was initialised. Returns what
-    was done besides copying, in words. UserError names the folder and what does not fit.
-    """
-    fix = "train.init_from takes a run, or a Hugging Face folder such as `mlcd export` writes."
-    check_outputs(folder)
-    released = read_json_object(folder / "config.json", fix)
-    tensors = read_tensors(folder / "model.safetensors", fix)
-    with decoding(f"train.init_from {folder}", fix):
-        config, state = from_vision_model(tensors, released)
-    projection = folder / "projection.safetensors"
-    if projection.exists() and (weight := read_tensors(projection, fix).get(PROJECTION)) is not None:
-        state[PROJECTION] = weight
-    return _fill(model, config, state, folder)
-
-
-def _fill(model: ViT, config: ViTConfig, state: dict[str, Tensor], folder: Path) -> list[str]:
-    """Copy a state of the shape `config` into a model whose shape differs at most in resolution and embedding.
-
-    Learned positions are resized where the resolution differs; registers may be added.
-    """
-    _check_shape(config, model.config, folder)
-    notes = []
-    if (positions := state.get(POSITIONS)) is not None and len(positions) != model.config.num_patches + 1:
-        state[POSITIONS] = resize_positions(positions, model.config.num_patches)
-        notes.append(f"positions resized from {config.image_size} to {model.config.image_size} px")
-    target = model.state_dict()
-    for name, what in ((REGISTERS, "the registers start"), (PROJECTION, "the projection starts")):
-        if name in state and (name not in target or state[name].shape != target[name].shape):
-            del state[name]
-        if name in target and name not in state:
-            notes.append(f"{what} at random")
-    model.load_state_dict(state, strict=False)
-    return notes
-
-
-def _check_shape(config: ViTConfig, model: ViTConfig, folder: Path) -> None:
-    """Raise UserError naming a key in which a given backbone differs from the recipe's, but for what `_fill` adapts."""
-    adapted = {"image_size", "embed_dim"} if config.num_registers else {"image_size", "embed_dim", "num_registers"}
-    for key, value in model.model_dump(exclude=adapted).items():
-        if getattr(config, key) != value:
-            raise UserError(f"train.init_from {folder} has {key} {getattr(config, key)}, model.{key} is {value}.")
-
-
-def _has_same_clusters(inputs: dict[str, str], labels: LabelStore) -> bool:
-    """Whether a checkpoint's classes are those that the labels name."""
-    if "clusters" in inputs:
-        return inputs["clusters"] == labels.manifest.inputs["clusters"]
-    return inputs["labels"] == labels.manifest.fingerprint  # an earlier version

@@ -74,7 +74,7 @@ class KnnMonitor:
 
     def _encode(self, images_B3SS: Tensor) -> Tensor:
         dtype = next(self._engine.module.parameters()).dtype
-        return self._engine(images_B3SS.to(dtype), is_projected=False).float()
+        return self._engine(image=images_B3SS.to(dtype), is_projected=False)["image"].float()
 
     def _images(self) -> Iterator[Tensor]:
         """Batches of this rank's share. Every rank has as many: the last image is repeated where some are lacking."""

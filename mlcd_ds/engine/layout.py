@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mlcd_ds.config import Recipe
 from mlcd_ds.data.loader import StreamSlice
 from mlcd_ds.errors import UserError
-from mlcd_ds.heads.groups import num_class_shards
+from mlcd_ds.objectives.registry import kind_of
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,11 @@ class Layout:
 def check_layout(recipe: Recipe, layout: Layout) -> None:
     """Raise UserError naming the numbers where layers or classes cannot be shared so."""
     size, model = layout.tensor_parallel, recipe.model
-    num_class_shards(layout.num_ranks, recipe.head.parallel_size, size)
-    for key, value in (("heads", model.heads), ("mlp_width", model.mlp_width)):
+    if layout.num_ranks % size:
+        raise UserError(f"tensor parallel size {size} does not divide the {layout.num_ranks} ranks.")
+    kind_of(recipe.objective).check_layout(recipe, layout.num_ranks, size)
+    is_split = not recipe.is_frozen("image")
+    for key, value in (("heads", model.heads), ("mlp_width", model.mlp_width)) if is_split else ():
         if value % size:
             raise UserError(f"tensor parallel size {size} does not divide model.{key} {value}: take a size that does.")
     if recipe.optimizer.name == "muon" and (size > 1 or layout.zero_stage == 3):

@@ -1,4 +1,4 @@
-"""The optimizers of backbone and head, as the recipe describes them."""
+"""The optimizer of all that lives in the engine, as the recipe describes it."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlcd_ds.config import OptimizerConfig
 from mlcd_ds.distributed.deepspeed import muon_optimizer
-from mlcd_ds.heads.partial_fc import PartialFCHead
-from mlcd_ds.heads.row_optimizer import AdamWRule, RowOptimizer, RowRule, SGDRule
-from mlcd_ds.models.vit import ViT
+from mlcd_ds.models.towers import Towers, split_name
+from mlcd_ds.recipes.sections import OptimizerConfig
 
 # 2-D embeddings: no decay.
 WITHOUT_DECAY = ("position_embedding", "class_pos_emb", "register_embedding")
 
 
-def backbone_optimizer(model: ViT, config: OptimizerConfig, zero_stage: int = 0) -> torch.optim.Optimizer:
+def backbone_optimizer(model: Towers, config: OptimizerConfig, zero_stage: int = 0) -> torch.optim.Optimizer:
     """AdamW with decay on matrices, none on vectors (norms, biases, class token) and positions; by depth with
     `layer_decay`, as `lr_scale` of the groups. With "muon" the blocks' matrices are Muon's."""
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for stored_name, parameter in model.stored_parameters():
+        tower, name = split_name(stored_name)
+        depth = model[tower].config.depth if tower in model.names else 0
         is_matrix = parameter.ndim >= 2 and not any(part in name for part in WITHOUT_DECAY)
         is_muon = config.name == "muon" and is_matrix and name.startswith("encoder.layers.")
-        scale = config.layer_decay ** (model.config.depth + 1 - _layer(name, model.config.depth))
+        scale = config.layer_decay ** (depth + 1 - _layer(name, depth))
         groups.setdefault((is_muon, is_matrix, scale), []).append(parameter)
     described: list[dict[str, Any]] = []
     for (is_muon, is_matrix, scale), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True):
@@ -42,20 +42,10 @@ def backbone_optimizer(model: ViT, config: OptimizerConfig, zero_stage: int = 0)
 
 
 def _layer(name: str, depth: int) -> int:
-    """0 for the embeddings, 1 ... depth for the blocks, depth + 1 for what comes after them."""
+    """0 for the embeddings, 1 ... depth for a tower's blocks, depth + 1 for what comes after them."""
     if name.startswith("encoder.layers."):
         return int(name.split(".")[2]) + 1
     return 0 if name.startswith(("embeddings", "pre_layrnorm", "rotary")) else depth + 1
-
-
-def head_optimizer(head: PartialFCHead, config: OptimizerConfig) -> RowOptimizer:
-    """The centres' optimizer, as the head's settings say."""
-    rule: RowRule
-    if head.config.optimizer == "adamw":
-        rule = AdamWRule(config.betas, config.eps, config.weight_decay)
-    else:
-        rule = SGDRule(head.config.momentum, config.weight_decay)
-    return RowOptimizer(head, rule, config.head_clip_norm, is_lazy=head.config.update == "lazy")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -21,8 +21,6 @@ from mlcd_ds.artefacts.manifest import (
 )
 from mlcd_ds.artefacts.readers import check_record, read_json_object
 from mlcd_ds.config import Recipe, changed_entries, changed_keys, dump_recipe, free_keys
-from mlcd_ds.data.label_store import LabelStore
-from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.schedule import learning_rate
 from mlcd_ds.engine.weights import (
@@ -43,12 +41,6 @@ class TrainManifest(Manifest):
     """Manifest of `mlcd train`; written when the last step is done."""
 
     step: int
-
-
-def run_inputs(index: ShardIndex, labels: LabelStore) -> dict[str, str]:
-    """Fingerprints of what a run is trained on."""
-    inputs = {"index": index.manifest.fingerprint, "labels": labels.manifest.fingerprint}
-    return inputs | {"clusters": labels.manifest.inputs["clusters"]}
 
 
 def claim_folder(recipe: Recipe, ds_file: dict[str, Any], inputs: dict[str, str], group: Group) -> bool:

@@ -27,6 +27,7 @@ import torch
 from mlcd_ds.artefacts.files import write_atomic
 from mlcd_ds.artefacts.readers import parse_json, read_bytes
 from mlcd_ds.data.dali import EvaluationDecoder, WholeImages
+from mlcd_ds.data.fields import TrainingData
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.pixels import center_square
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
@@ -87,11 +88,13 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def log_data_pages(log: RunLog, index: ShardIndex, labels: LabelStore, recipe_yaml: str) -> None:
-    """The configuration as text, cluster sizes as a histogram, and a grid with a row of members for some clusters."""
+def log_data_pages(log: RunLog, data: TrainingData, recipe_yaml: str) -> None:
+    """The configuration as text; where there are labels, cluster sizes as a histogram, and a grid with a row of members
+    for some clusters."""
     log.writer.add_text("config", f"```yaml\n{recipe_yaml}```")
-    log.writer.add_histogram("clusters/images_per_center", labels.sizes(), 0)
-    log.writer.add_image("clusters/samples", cluster_grid(index, labels), 0)
+    if "labels" in data.fields:
+        log.writer.add_histogram("clusters/images_per_center", data.labels.sizes(), 0)
+        log.writer.add_image("clusters/samples", cluster_grid(data.index, data.labels), 0)
     log.writer.flush()
 
 

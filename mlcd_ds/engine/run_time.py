@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from mlcd_ds.config import Recipe
 from mlcd_ds.engine.hardware import Gpu
 from mlcd_ds.engine.layout import Layout
+from mlcd_ds.objectives.base import PlannedRun
+from mlcd_ds.objectives.registry import kind_of
 
 GPUS_A_NODE = 8
 BACKWARD_SHARE = 2 / 3  # of the computing, during which gradients may travel
@@ -51,14 +53,12 @@ def traffic(
     reductions = num_micro_batches if stage >= 2 else 1
     gradients = ring * num_parameters * gradient_width * reductions * (1 if stage == 3 else 2)
     weights = ring * num_parameters * width
-    shards = recipe.head.parallel_size or layout.num_ranks
-    images, dim = micro_batch * shards // layout.tensor_parallel, recipe.model.embed_dim
-    labels = recipe.objective.num_labels or 8
-    # Embeddings and their gradient, labels, sums and cosines: docs/head.md.
-    head = images * (dim * (width + 4) + labels * 8 + 2 * (1 + labels) * 4) * (1 - 1 / shards)
+    # What is sent does not depend on the number of classes.
+    run = PlannedRun(layout.num_ranks, layout.tensor_parallel, micro_batch, num_classes=layout.num_ranks)
+    sent = kind_of(recipe.objective).need(recipe, run).sent
     sums = 2 * (1 - 1 / layout.tensor_parallel) * tokens * recipe.model.width * width
     within = 4 * recipe.model.depth * sums * micro_batch  # two pairs of products a block, forward and backward
-    waited_for = head * num_micro_batches + (weights if stage in (1, 2) else 0)
+    waited_for = sent * num_micro_batches + (weights if stage in (1, 2) else 0)
     if stage == 3:
         gradients += 2 * weights * num_micro_batches
     elif not (overlaps and stage):

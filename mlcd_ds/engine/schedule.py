@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mlcd_ds.config import OptimizerConfig
+from mlcd_ds.recipes.sections import OptimizerConfig
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:

@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 
 PARTS = ("data", "forward", "head", "backward", "optimizer", "other")
-"""Waiting for images; the backbone's passes; the head's loss and gradients, collectives among them; both optimizers,
-with what DeepSpeed and the head's side stream have left to do by then; the rest."""
+"""Waiting for images; the towers' passes; the objective's loss and gradients ("head"), collectives among them; all
+optimizers, with what DeepSpeed and the head's side stream have left to do by then; the rest."""
 
 
 class StepClock:

@@ -11,8 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlcd_ds.config import Recipe, dump_recipe
-from mlcd_ds.data.label_store import LabelStore
-from mlcd_ds.data.shard_index import ShardIndex
+from mlcd_ds.data.fields import TrainingData
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.engine_state import EngineState
 from mlcd_ds.engine.hardware import peak_tflops
@@ -20,8 +19,8 @@ from mlcd_ds.engine.knn_monitor import KnnMonitor
 from mlcd_ds.engine.phases import phase_at
 from mlcd_ds.engine.run_log import RunLog, log_data_pages, peak_memory_mb
 from mlcd_ds.engine.step_clock import StepClock
-from mlcd_ds.heads.row_optimizer import RowOptimizer
 from mlcd_ds.models.vit import flops_per_image
+from mlcd_ds.objectives.base import Objective
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class StepResult:
     loss: Tensor
     loss_parts: dict[str, Tensor]
     backbone_grad_norm: Tensor | float | None
-    head_grad_norm: Tensor
+    measures: dict[str, Tensor]  # what the objective's own step tells
     lr: float
 
 
@@ -50,20 +49,19 @@ class StepLog:
     def __init__(
         self,
         recipe: Recipe,
-        index: ShardIndex,
-        labels: LabelStore,
+        data: TrainingData,
         state: EngineState,
-        head_optimizer: RowOptimizer,
+        objective: Objective,
         clock: StepClock,
         group: Group,
         device: torch.device,
         first: int,
     ) -> None:
-        self._recipe, self._index, self._group, self._device = recipe, index, group, device
-        self._state, self._head_optimizer, self._clock = state, head_optimizer, clock
+        self._recipe, self._index, self._group, self._device = recipe, data.index, group, device
+        self._state, self._objective, self._clock = state, objective, clock
         self._log = RunLog(recipe.train.out, first) if group.is_main else None
         if self._log and first == 0:
-            log_data_pages(self._log, index, labels, dump_recipe(recipe))
+            log_data_pages(self._log, data, dump_recipe(recipe))
         steps = recipe.train.steps
         is_quiet = not (group.is_main and sys.stderr.isatty())
         self.steps = tqdm(range(first, steps), initial=first, total=steps, unit="step", desc="train", disable=is_quiet)
@@ -72,7 +70,7 @@ class StepLog:
     def add(self, done: int, result: StepResult) -> None:
         """An entry after `done` steps. The host waits for the device, on all ranks."""
         since, times, waited_s = self._since, self._clock.read(), self._clock.take_wait()
-        num_skipped_head = self._head_optimizer.take_num_skipped()
+        counts = self._objective.take_counts()
         self._since = _Since(time.perf_counter(), done, self._state.num_updates)
         if self._log is None:
             return
@@ -89,9 +87,9 @@ class StepLog:
                 **{f"loss/{name}": float(value) for name, value in result.loss_parts.items()},
                 "optimizer/lr": result.lr,
                 "optimizer/grad_norm_backbone": float(result.backbone_grad_norm or 0.0),
-                "optimizer/grad_norm_head": float(result.head_grad_norm),
+                **{f"optimizer/{name}": float(value) for name, value in result.measures.items()},
                 "optimizer/skipped_backbone": num_steps - num_updates,
-                "optimizer/skipped_head": num_skipped_head,
+                **{f"optimizer/{name}": value for name, value in counts.items()},
                 **({"optimizer/loss_scale": scale["cur_scale"]} if scale else {}),
                 "speed/images_per_s": images_per_s,
                 "speed/tflops_per_rank": tflops,

@@ -1,105 +1,82 @@
-"""The training loop: build, step, fit.
-
-B images of a micro-batch on this rank, P labels an image, E embedding.
-"""
+"""The training loop: build, step, fit."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlcd_ds.clustering.center_store import CenterStore
 from mlcd_ds.config import Recipe
-from mlcd_ds.data.label_store import LabelStore
-from mlcd_ds.data.loader import LabelledBatch, TrainLoader
+from mlcd_ds.data.fields import TrainingData
+from mlcd_ds.data.loader import Batch, TrainLoader
 from mlcd_ds.data.order import SampleOrder
 from mlcd_ds.data.pixels import clip_pixels
-from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.deepspeed import initialize_engine, step_engine
 from mlcd_ds.distributed.engine_state import engine_state
+from mlcd_ds.distributed.groups import ParallelGroups
 from mlcd_ds.distributed.stopping import StopRequest
+from mlcd_ds.engine.build_towers import build_towers
 from mlcd_ds.engine.checkpoint import Checkpointer
 from mlcd_ds.engine.gradients import GradientFactors, attach_gradient
 from mlcd_ds.engine.init_from import find_start
 from mlcd_ds.engine.knn_monitor import KnnMonitor
 from mlcd_ds.engine.layout import Layout, plan_batches
-from mlcd_ds.engine.optimizer import backbone_optimizer, head_optimizer, set_learning_rate
+from mlcd_ds.engine.optimizer import backbone_optimizer, set_learning_rate
 from mlcd_ds.engine.phases import phase_at, phases
-from mlcd_ds.engine.precision import head_config
 from mlcd_ds.engine.profiling import StepProfiler
-from mlcd_ds.engine.run_folder import run_inputs
 from mlcd_ds.engine.schedule import average_decay, learning_rate
 from mlcd_ds.engine.step_clock import StepClock
 from mlcd_ds.engine.step_log import StepLog, StepResult
 from mlcd_ds.errors import UserError
-from mlcd_ds.heads.groups import make_head_groups
-from mlcd_ds.heads.partial_fc import PartialFCHead
 from mlcd_ds.models.noise import TrainingNoise
-from mlcd_ds.models.vit import ViT
-from mlcd_ds.objectives.class_losses import ClassLoss
+from mlcd_ds.objectives.base import Given, join_outputs
+from mlcd_ds.objectives.registry import kind_of
 
+Norm = Tensor | float | None  # of the engine's gradient, before clipping
 logger = logging.getLogger("mlcd_ds")  # only rank 0 logs (stages/runner.py)
 
 
 class Trainer:
-    """Backbone in the DeepSpeed engine, head outside it, data in front, checkpoints behind."""
+    """Towers in the DeepSpeed engine, the objective outside it, data in front, checkpoints behind."""
 
     def __init__(
         self,
         recipe: Recipe,
         ds_config: dict[str, Any],
         layout: Layout,
-        index: ShardIndex,
-        labels: LabelStore,
+        data: TrainingData,
         group: Group,
         device: torch.device,
     ) -> None:
-        self.recipe, self.index, self.labels, self.group, self.device = recipe, index, labels, group, device
-        self.layout = layout
+        self.recipe, self.data, self.group, self.device = recipe, data, group, device
+        self.layout, self.groups = layout, ParallelGroups(group, layout.tensor_parallel)
         self.batch_slice = plan_batches(recipe, layout, group.rank)
         self.factors = GradientFactors.of(self.batch_slice.num_micro_batches, layout.data_parallel)
-        if (wanted := recipe.objective.num_labels or 1) > labels.num_labels:
-            raise UserError(
-                f"objective.num_labels is {wanted}, but {labels.folder} holds {labels.num_labels} labels an image: "
-                "lower it, or run `mlcd assign --num-labels` again."
-            )
-        seed = recipe.train.seed
-        backbone = ViT(recipe.model)
-        backbone.init_weights(torch.Generator().manual_seed(seed))
-        start = find_start(recipe, labels, group)
-        notes = start.fill_backbone(backbone) if start else []
-        backbone.set_recompute(recipe.train.recompute)
+        kind = kind_of(recipe.objective)
+        self.is_whole = kind.needs_whole_batch and self.batch_slice.num_micro_batches > 1
+        start = find_start(recipe, data, group)
+        built = build_towers(recipe, start, group)
+        towers, notes = built.trained, built.notes
+        self.frozen = {name: tower.to(device) for name, tower in built.frozen.items()}
+        towers.set_recompute(recipe.train.recompute)
         if recipe.train.compile:
-            for block in backbone.encoder.layers:
-                block.compile()
-        optimizer = backbone_optimizer(backbone.to(device), recipe.optimizer, layout.zero_stage)
-        self.engine = initialize_engine(backbone, optimizer, ds_config)
+            towers.compile_blocks()
+        optimizer = backbone_optimizer(towers.to(device), recipe.optimizer, layout.zero_stage)
+        self.engine = initialize_engine(towers, optimizer, ds_config)
         self.dtype = next(self.engine.module.parameters()).dtype
-        self.head = PartialFCHead(
-            labels.num_centers,
-            recipe.model.embed_dim,
-            head_config(recipe, device),
-            ClassLoss(recipe.objective),
-            make_head_groups(group, recipe.head.parallel_size, layout.tensor_parallel),
-            seed,
-            device,
-        )
-        clusters = recipe.data.clusters if recipe.head.init == "centers" else None
-        if start and start.checkpoint:
-            notes += start.fill_head(self.head)
-        else:
-            self.head.init_weights(self._own_centers(clusters) if clusters else None)
+        self.tower_names = towers.names
+        self.objective = kind(recipe, data, self.groups, device)
         if start:
+            notes += start.fill_objective(self.objective)
             logger.info("; ".join([f"train: starts from {start.folder}", *notes]))
-        self.head_optimizer = head_optimizer(self.head, recipe.optimizer)
+        else:
+            self.objective.init_weights()
         self.clock = StepClock(device)
         self.state = engine_state(self.engine)
         if recipe.train.ema_decay:
@@ -108,34 +85,20 @@ class Trainer:
         if recipe.train.knn_every:
             self.knn = KnnMonitor(recipe, self.engine, self.batch_slice.micro_batch, layout, group, device)
         self.checkpointer = Checkpointer(
-            recipe,
-            layout,
-            self.state,
-            self.head,
-            self.head_optimizer,
-            group,
-            run_inputs(index, labels),
-            ds_config,
+            recipe, layout, self.state, self.objective, self.groups, data.inputs, ds_config, built.records
         )
 
-    def _own_centers(self, folder: Path) -> Tensor:
-        """This rank's part of the k-means centres that the labels name. UserError when the labels name others."""
-        store = CenterStore(folder)
-        if self.labels.manifest.inputs["clusters"] != store.manifest.fingerprint:
-            raise UserError(f"data.clusters {folder} are not the clusters that {self.labels.folder} was made with.")
-        classes = self.head.classes
-        return torch.from_numpy(store.centers_CE[classes.begin : classes.end].copy())
-
-    def batches(self, first: int) -> Generator[LabelledBatch, None, None]:
+    def batches(self, first: int) -> Generator[Batch, None, None]:
         """Micro-batches of the steps from `first` to the last, each phase at its resolution."""
         data, train = self.recipe.data, self.recipe.train
-        order = SampleOrder(self.index.counts, data.num_streams, data.shuffle_window, train.seed)
+        order = SampleOrder(self.data.index.counts, data.num_streams, data.shuffle_window, train.seed)
         for phase in phases(self.recipe):
             begin, pixels = max(first, phase.begin), clip_pixels(phase.image_size)
             if begin >= phase.end:
                 continue
+            index, fields = self.data.index, self.data.fields
             loader = TrainLoader(
-                self.index, self.labels, order, self.batch_slice, pixels, data.augment, self.device, data.num_threads
+                index, fields, order, self.batch_slice, pixels, data.augment, self.device, data.num_threads
             )
             batches = loader.batches(begin)
             try:
@@ -143,46 +106,96 @@ class Trainer:
                     batch = next(batches)
                     self.clock.add_wait(loader.wait_s)
                     loader.wait_s = 0.0
-                    if self.batch_slice.num_shares > 1 and self.head.groups.tensor:
+                    if self.batch_slice.num_shares > 1 and self.groups.tensor:
                         waiting = time.perf_counter()
-                        batch = batch.of_all(self.head.groups.tensor)
+                        batch = batch.of_all(self.groups.tensor)
                         self.clock.add_wait(time.perf_counter() - waiting)
                     yield batch
             finally:
                 batches.close()
                 loader.close()
 
-    def step(self, step: int, batches: Iterator[LabelledBatch]) -> StepResult:
+    def step(self, step: int, batches: Iterator[Batch]) -> StepResult:
         """One optimizer step over the global batch."""
         config, clock = self.recipe.optimizer, self.clock
         clock.start()
         lr = learning_rate(step, self.recipe.train.steps, config)
         set_learning_rate(self.engine.optimizer, lr)
         token_drop = phase_at(self.recipe, step).token_drop
-        self.head.resample(step)
+        self.objective.begin_step(step)
         clock.mark("other")
-        outputs = []
-        for _ in range(self.batch_slice.num_micro_batches):
-            batch = next(batches)
-            clock.mark("data")
-            noise = TrainingNoise(batch.keys_B, self.recipe.train.drop_path, token_drop)
-            emb_BE = F.normalize(self.engine(batch.images_B3SS.to(self.dtype), noise).float(), dim=1)
-            clock.mark("forward")
-            output = self.head(emb_BE, batch.labels_BP, weight=self.factors.rows)
-            clock.mark("head")
-            self.engine.backward(attach_gradient(emb_BE, output, self.factors))
-            clock.mark("backward")
-            backbone_norm = step_engine(self.engine)
-            clock.mark("optimizer")
-            outputs.append(output)
-        head_norm = self.head_optimizer.step(lr * config.head_lr_scale)
+        learn = self._learn_whole if self.is_whole else self._learn_by_micro_batch
+        all_given, backbone_norm = learn(batches, token_drop)
+        measures = self.objective.step(lr)
         if self.recipe.train.ema_decay:
             self.state.update_average(average_decay(step, self.recipe.train.ema_decay))
         clock.mark("optimizer")
-        parts = {name: torch.stack([output.parts[name] for output in outputs]).mean() for name in outputs[0].parts}
-        loss = torch.stack([output.loss for output in outputs]).mean()
+        parts = {name: torch.stack([given.parts[name] for given in all_given]).mean() for name in all_given[0].parts}
+        loss = torch.stack([given.loss for given in all_given]).mean()
         clock.mark("other")
-        return StepResult(loss, parts, backbone_norm, head_norm, lr)
+        return StepResult(loss, parts, backbone_norm, measures, lr)
+
+    def _learn_by_micro_batch(self, batches: Iterator[Batch], token_drop: float) -> tuple[list[Given], Norm]:
+        """The objective is called for each micro-batch: the loss is the mean of theirs."""
+        all_given, norm, clock = [], None, self.clock
+        for _ in range(self.batch_slice.num_micro_batches):
+            batch = next(batches)
+            clock.mark("data")
+            outputs = self._forward(*self._inputs(batch, token_drop))
+            frozen = self._frozen_outputs(batch)
+            clock.mark("forward")
+            given = self.objective(outputs | frozen, batch.fields, self.factors.own)
+            clock.mark("head")
+            norm = self._backward(outputs, given, self.factors)
+            all_given.append(given)
+        return all_given, norm
+
+    def _learn_whole(self, batches: Iterator[Batch], token_drop: float) -> tuple[list[Given], Norm]:
+        """The objective is called once, for all micro-batches: each is embedded without gradient before, and again
+        with the gradient that it was given. The noise belongs to the images, so it is the same in both passes."""
+        clock, factors = self.clock, self.factors.of_whole(self.batch_slice.num_micro_batches)
+        held, embedded, fields = [], [], []
+        for _ in range(self.batch_slice.num_micro_batches):
+            batch = next(batches)
+            clock.mark("data")
+            held.append(self._inputs(batch, token_drop))
+            with torch.no_grad():
+                embedded.append(self._forward(*held[-1]) | self._frozen_outputs(batch))
+            fields.append(batch.fields)
+            clock.mark("forward")
+        given = self.objective(join_outputs(embedded), join_outputs(fields), factors.own)
+        clock.mark("head")
+        for inputs, share in zip(held, given.shares(len(held)), strict=True):
+            outputs = self._forward(*inputs)
+            clock.mark("forward")
+            norm = self._backward(outputs, share, factors)
+        return [given], norm
+
+    def _backward(self, outputs: dict[str, Tensor], given: Given, factors: GradientFactors) -> Norm:
+        self.engine.backward(attach_gradient(outputs, given, factors))
+        self.clock.mark("backward")
+        norm = step_engine(self.engine)
+        self.clock.mark("optimizer")
+        return norm
+
+    def _inputs(self, batch: Batch, token_drop: float) -> tuple[dict[str, Tensor], TrainingNoise]:
+        """What the towers in the engine are given."""
+        noise = TrainingNoise(batch.keys_B, self.recipe.train.drop_path, token_drop)
+        return {name: _input(name, batch, self.dtype) for name in self.tower_names}, noise
+
+    def _forward(self, inputs: dict[str, Tensor], noise: TrainingNoise) -> dict[str, Tensor]:
+        """The towers' embeddings at unit length, fp32 [B, E], and what the objective's module adds."""
+        outputs = self.engine(noise, **inputs)
+        return outputs | {name: F.normalize(outputs[name].float(), dim=1) for name in self.tower_names}
+
+    @torch.inference_mode()
+    def _frozen_outputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The frozen towers' embeddings at unit length, fp32 [B, E], of images without noise."""
+        outputs = {}
+        for name, tower in self.frozen.items():
+            dtype = next(tower.parameters()).dtype
+            outputs[name] = F.normalize(tower(_input(name, batch, dtype)).float(), dim=1)
+        return outputs
 
     def fit(self, stop: StopRequest) -> bool:
         """Train from the newest checkpoint to the last step. Returns False when asked to stop, after saving."""
@@ -190,10 +203,9 @@ class Trainer:
         first = self.checkpointer.resume()
         log = StepLog(
             self.recipe,
-            self.index,
-            self.labels,
+            self.data,
             self.state,
-            self.head_optimizer,
+            self.objective,
             self.clock,
             self.group,
             self.device,
@@ -236,6 +248,11 @@ class Trainer:
                 f"the loss is {loss} at step {done}: lower optimizer.lr; TensorBoard's optimizer page shows the norms. "
                 "Started again, the run goes on from its last checkpoint."
             )
+
+
+def _input(tower: str, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """What a tower is given."""
+    return batch.images_B3SS.to(dtype) if tower == "image" else batch.fields["tokens"]
 
 
 def is_due(done: int, every: int | None) -> bool:

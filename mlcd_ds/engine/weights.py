@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
+from torch import nn
 
 from mlcd_ds.artefacts.files import FileRecord, seal_of, write_json
 from mlcd_ds.artefacts.readers import check_size, decoding, read_json_object, read_tensors, read_yaml
 from mlcd_ds.artefacts.typed import Frozen, first_problem
 from mlcd_ds.config import Recipe, parse_recipe
+from mlcd_ds.engine.released import fill_image, load_released
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.vit import ViT
 
@@ -19,7 +22,16 @@ CONFIG_NAME = "config.yaml"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_NAME = "checkpoint.json"
 BACKBONE_NAME, AVERAGE_NAME = "backbone.safetensors", "ema.safetensors"
+WEIGHT_FILES = {"image": BACKBONE_NAME, "text": "text.safetensors", "objective": "objective.safetensors"}
+AVERAGE_FILES = {"image": AVERAGE_NAME, "text": "ema-text.safetensors", "objective": "ema-objective.safetensors"}
 Weights = Literal["last", "ema"]
+
+
+class FrozenTower(Frozen):
+    """A tower that is not in a run's checkpoints, as the run does not train it."""
+
+    source: str  # folder of the checkpoint or of the Hugging Face model that it came from
+    sha256: str  # of its weights as they are used (`tower_checksum`)
 
 
 class CheckpointManifest(Frozen):
@@ -29,16 +41,26 @@ class CheckpointManifest(Frozen):
     num_ranks: int
     zero_stage: int
     tensor_parallel: int = 1
-    num_classes: int
+    objective: dict[str, int] = Field(default_factory=dict)  # what the objective notes of its files
     num_updates: int | None = None  # none in those of earlier versions, which hold no whole moments
     loss_scale: dict[str, float] = Field(default_factory=dict)
     inputs: dict[str, str]
     recipe: dict
     deepspeed: dict | None = None  # as the engine was given it
     files: dict[str, FileRecord]
+    frozen: dict[str, FrozenTower] = Field(default_factory=dict)
     versions: dict[str, str]
     git_commit: str | None
     seal: str | None = None  # none in those of earlier versions
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, content: Any) -> Any:
+        """They knew one kind of objective, and had its number beside the others."""
+        if isinstance(content, dict) and "num_classes" in content:
+            others = {key: value for key, value in content.items() if key != "num_classes"}
+            return {"objective": {"num_classes": content["num_classes"]}, **others}
+        return content
 
 
 def write_checkpoint_manifest(folder: Path, manifest: CheckpointManifest) -> None:
@@ -108,14 +130,63 @@ def backbone_record(checkpoint: Path, weights: Weights) -> tuple[Path, FileRecor
     return path, record
 
 
+def backbone_checksum(checkpoint: Path, weights: Weights) -> str:
+    """SHA-256 of a checkpoint's backbone: of its file; or of its weights, where the run has it from elsewhere."""
+    frozen = read_checkpoint(checkpoint).frozen.get("image")
+    return frozen.sha256 if frozen else backbone_record(checkpoint, weights)[1].sha256
+
+
 def load_backbone(checkpoint: Path, weights: Weights = "last") -> ViT:
     """The backbone of a checkpoint folder, in fp32 on the CPU; "ema": the moving average of its weights."""
     manifest, fix = read_checkpoint(checkpoint), older_checkpoint(checkpoint)
-    path, record = backbone_record(checkpoint, weights)
     recipe = parse_recipe(manifest.recipe, str(checkpoint / CHECKPOINT_NAME))
+    if frozen := manifest.frozen.get("image"):  # its average is itself
+        model = ViT(recipe.model)
+        fill_from(frozen_folder("image", frozen), model)
+        check_frozen("image", frozen, model)
+        return model.eval()
+    path, record = backbone_record(checkpoint, weights)
     with torch.device("meta"):
         model = ViT(recipe.model)
     tensors = read_tensors(path, fix, record)
     with decoding(path, fix):
         model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def fill_from(folder: Path, model: ViT) -> list[str]:
+    """Fill a backbone from a checkpoint folder of ours or a Hugging Face folder; returns what was done besides copying,
+    in words. UserError names what does not fit."""
+    if not (folder / CHECKPOINT_NAME).exists():
+        return load_released(folder, model)
+    trained = load_backbone(folder)
+    return fill_image(model, trained.config, dict(trained.state_dict()), folder)
+
+
+def tower_checksum(tower: nn.Module) -> str:
+    """SHA-256 of a tower's weights: names, shapes and fp32 values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.float().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def frozen_folder(name: str, record: FrozenTower) -> Path:
+    """Where a frozen tower came from. UserError where that is gone."""
+    folder = Path(record.source)
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is gone, which the frozen {name} tower came from: put it back. (A run keeps its newest "
+            "train.keep_checkpoints, and those of train.milestone_every.)"
+        )
+    return folder
+
+
+def check_frozen(name: str, expected: FrozenTower, tower: nn.Module) -> None:
+    """UserError where a frozen tower is not the one that a run was trained with."""
+    if tower_checksum(tower) != expected.sha256:
+        raise UserError(
+            f"the frozen {name} tower in {expected.source} is not the one that the run was trained with (their "
+            "checksums differ): put that one back."
+        )

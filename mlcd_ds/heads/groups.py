@@ -45,20 +45,24 @@ def num_class_shards(size: int, head_parallel: int | None, tensor_parallel: int)
     return shards
 
 
-def make_head_groups(world: Group, head_parallel: int | None = None, tensor_parallel: int = 1) -> HeadGroups:
+def make_head_groups(
+    world: Group, head_parallel: int | None = None, tensor_parallel: int = 1, tensor_group: Group | None = None
+) -> HeadGroups:
     """Split the ranks; consecutive ones belong together. Raises UserError where the sizes do not divide.
 
-    Collective: every rank makes every group.
+    `tensor_group`: this rank's, where it was made already. Collective: every rank makes every group.
     """
     size, tensor = world.size, tensor_parallel
     shards = num_class_shards(size, head_parallel, tensor)
     blocks = [range(first, first + shards) for first in range(0, size, shards)]
     data = [block[place::tensor] for block in blocks for place in range(tensor)]
     peers = [range(first, first + tensor) for first in range(0, size, tensor)]
+    if tensor > 1 and tensor_group is None:
+        tensor_group = subgroup(world, peers)
     twins = [range(place, size, shards) for place in range(shards)]
     return HeadGroups(
         classes=subgroup(world, blocks),
         data=subgroup(world, data),
-        tensor=subgroup(world, peers) if tensor > 1 else None,
+        tensor=tensor_group,
         replicas=subgroup(world, twins) if shards < size else None,
     )

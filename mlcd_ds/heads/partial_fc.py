@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -27,7 +27,6 @@ from mlcd_ds.heads.groups import HeadGroups
 from mlcd_ds.heads.negatives import Negatives
 from mlcd_ds.heads.positives import Positives
 from mlcd_ds.kernels.matmul import Matmul
-from mlcd_ds.objectives.class_losses import ClassLoss
 
 
 class HeadConfig(Frozen):
@@ -59,6 +58,22 @@ class HeadConfig(Frozen):
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
 
 
+class CenterLoss(Protocol):
+    """A loss of what ranks can share, as the head takes it: `ClassLoss` in objectives/class_losses.py."""
+
+    @property
+    def scale(self) -> float: ...
+    @property
+    def shift(self) -> float: ...
+    @property
+    def num_labels(self) -> int | None: ...
+    @property
+    def feature_rate(self) -> float: ...
+    def slopes(
+        self, negatives_G: Tensor, cosines_GP: Tensor, is_label_GP: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]: ...
+
+
 @dataclass(frozen=True)
 class HeadOutput:
     """Means over the global batch (no gradient), and the gradient of the loss for this rank's embeddings [B, E]."""
@@ -84,7 +99,7 @@ class PartialFCHead(nn.Module):
         num_classes: int,
         dim: int,
         config: HeadConfig,
-        objective: ClassLoss,
+        objective: CenterLoss,
         groups: HeadGroups,
         seed: int,
         device: torch.device | str = "cpu",
@@ -121,7 +136,7 @@ class PartialFCHead(nn.Module):
         device, config = self.weight_LE.device, self.config
         self._step = step
         self._features_F = sample_features(
-            self.weight_LE.shape[1], self.objective.config.feature_rate, self.seed, step, device
+            self.weight_LE.shape[1], self.objective.feature_rate, self.seed, step, device
         )
         if config.sampling == "uniform":
             self.sampled_S = sample_classes(self.classes, config.sample_rate, self.seed, step, device)
@@ -184,7 +199,7 @@ class PartialFCHead(nn.Module):
             rows_K = positives.rows_K[positives.is_here_K]
             self.sampled_S = sample_around(rows_K, self.classes, config.sample_rate, self.seed, self._step, device)
         slots_GP = positives.slots(self.sampled_S, len(self.classes), num_images)
-        scale, shift = self.objective.config.scale, self.objective.shift
+        scale, shift = self.objective.scale, self.objective.shift
         return Negatives(centers, self.sampled_S, slots_GP, scale, shift, self.exp_block, self.matmul)
 
     def _used_dimensions(self, emb_BE: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mlcd_ds.artefacts.typed import Frozen
 from mlcd_ds.objectives.margins import MarginForm, with_margin
+from mlcd_ds.recipes.sections import ObjectiveConfig
 
 NOTHING = -1e4  # stands for log(0) where a gradient must stay finite: e^-10000 is 0 in any precision
 
 
-class ObjectiveConfig(Frozen):
+class ClassLossConfig(ObjectiveConfig):
     """Scale and margin form are not published for MLCD; the defaults are those that the same group states for RICE."""
 
     name: Literal["mlcd", "mlc", "unicom", "averaged_softmax"] = Field("mlcd", description="the loss")
@@ -40,7 +40,7 @@ class ObjectiveConfig(Frozen):
     )
 
     @model_validator(mode="after")
-    def _check(self) -> ObjectiveConfig:
+    def _check(self) -> ClassLossConfig:
         if self.name == "unicom" and self.num_labels not in (None, 1):
             raise ValueError(f"unicom takes one label an image, num_labels is {self.num_labels}: leave it out")
         return self
@@ -50,7 +50,17 @@ class ObjectiveConfig(Frozen):
 class ClassLoss:
     """Values and slopes of one of the losses, from what all ranks know."""
 
-    config: ObjectiveConfig
+    config: ClassLossConfig
+
+    @property
+    def scale(self) -> float:
+        """s, the factor on cosines."""
+        return self.config.scale
+
+    @property
+    def feature_rate(self) -> float:
+        """Part of the embedding's dimensions that a step uses."""
+        return self.config.feature_rate
 
     @property
     def shift(self) -> float:

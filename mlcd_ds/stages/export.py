@@ -21,7 +21,7 @@ from mlcd_ds.artefacts.files import write_atomic, write_json
 from mlcd_ds.artefacts.manifest import Manifest, library_versions, write_manifest
 from mlcd_ds.data.pixels import clip_pixels
 from mlcd_ds.encoders.preprocessor import open_clip_preprocessing, preprocessor_config
-from mlcd_ds.engine.weights import Weights, backbone_record, load_backbone, newest_checkpoint, read_checkpoint
+from mlcd_ds.engine.weights import Weights, backbone_checksum, load_backbone, newest_checkpoint, read_checkpoint
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.convert import to_vision_model, vision_config
 from mlcd_ds.models.open_clip import NOTE, open_clip_config, placeholder_text_tower, to_open_clip
@@ -56,7 +56,7 @@ def run(options: Options, context: runner.Context) -> None:
     wanted = ExportManifest(
         stage="export",
         parameters={"step": checkpoint.step, "weights": options.weights},
-        inputs={"backbone": backbone_record(folder, options.weights)[1].sha256},
+        inputs={"backbone": backbone_checksum(folder, options.weights)},
         files={},
         versions=library_versions(),
         step=checkpoint.step,

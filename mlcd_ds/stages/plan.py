@@ -30,12 +30,11 @@ from mlcd_ds.engine.precision import decide_precision
 from mlcd_ds.engine.run_memory import decoding_memory, training_memory
 from mlcd_ds.engine.run_time import StepTime, step_time, traffic
 from mlcd_ds.errors import UserError
-from mlcd_ds.heads.class_sampling import num_sampled
-from mlcd_ds.heads.class_shards import class_range
-from mlcd_ds.heads.head_memory import head_memory
 from mlcd_ds.models.layers import Recompute
 from mlcd_ds.models.noise import num_kept
 from mlcd_ds.models.vit import ViT, flops_per_image, num_parameters
+from mlcd_ds.objectives.base import Need, PlannedRun
+from mlcd_ds.objectives.registry import kind_of
 from mlcd_ds.stages import runner
 
 GIB = 2**30
@@ -109,15 +108,16 @@ class Job:
         )
         fullest = max(backbones, key=lambda parts: sum(parts.values()))
         parts = {f"backbone: {name}": size for name, size in fullest.items()}
-        shards = recipe.head.parallel_size or layout.num_ranks
-        # A micro-batch's images of all ranks that share the classes.
-        images = micro_batch * shards // layout.tensor_parallel
-        head = head_memory(shards, self.num_centers, recipe.model.embed_dim, images, recipe.objective.num_labels or 8)
-        parts["head: state"] = head.pop("state")
-        parts["head: during a step"] = sum(head.values())
+        parts |= self.objective_need(micro_batch).memory
         largest = max(phase.image_size for phase in phases(recipe))
         parts["DALI (images of 1 megapixel)"] = decoding_memory(micro_batch, largest)
         return {name: size / GIB for name, size in parts.items()} | {"CUDA, NCCL (assumed)": RUNTIME_GIB}
+
+    def objective_need(self, micro_batch: int) -> Need:
+        """What the objective needs beside the backbone."""
+        layout = self.layout
+        run = PlannedRun(layout.num_ranks, layout.tensor_parallel, micro_batch, self.num_centers)
+        return kind_of(self.recipe.objective).need(self.recipe, run)
 
     def time(self, mfu: float | None, between_gb: float | None) -> StepTime:
         """Seconds of a step, on average over the phases."""
@@ -153,9 +153,7 @@ def page(job: Job, mfu: float | None, between_gb: float | None = None) -> str:
     share = mfu or gpu.usual_mfu
     time = job.time(mfu, between_gb)
     step_s = time.total
-    classes = class_range(job.num_centers, recipe.head.parallel_size or layout.num_ranks, 0)
-    sampled = num_sampled(classes, recipe.head.sample_rate)
-    head_flops = 8 * train.global_batch * sampled * recipe.model.embed_dim
+    need = job.objective_need(micro_batch)
     lines = [
         f"{layout.num_ranks} x {job.gpu_name}, ZeRO {layout.zero_stage}, tensor parallel {layout.tensor_parallel}, "
         f"{train.precision}; batch {train.global_batch} = {layout.data_parallel} x {per_rank // micro_batch} x "
@@ -185,7 +183,7 @@ def page(job: Job, mfu: float | None, between_gb: float | None = None) -> str:
         f"{between_gb or gpu.between_gb:g} GB/s a GPU between nodes, {gpu.within_gb:g} within, of which "
         f"{time.exposed:.2f} s is not hidden",
         f"  {train.steps} steps, {images / 1e9:.2f} G images: {step_s * train.steps / 86400:8.1f} days",
-        f"  the head: {sampled} sampled classes a GPU, {100 * head_flops / (flops * per_rank):.2f} % of the operations",
+        f"  {need.what}, {100 * need.flops / (flops * per_rank):.2f} % of the operations",
     ]
     if total > job.usable_gib:
         lines += ["", "To make it fit: a micro-batch of the table above (train.micro_batch_per_rank), or recompute."]

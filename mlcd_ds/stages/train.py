@@ -18,25 +18,19 @@ from pathlib import Path
 import torch
 
 from mlcd_ds.config import Recipe, dump_recipe, load_recipe, recipe_names
-from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.loader import StreamSlice
-from mlcd_ds.data.shard_index import ShardIndex
-from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.ds_config import check_filled_config, read_ds_config
 from mlcd_ds.distributed.stopping import EXIT_REQUEUE, StopRequest
 from mlcd_ds.engine.engine_config import read_layout, resolve_ds_config
 from mlcd_ds.engine.init_from import find_start
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.precision import decide_precision
-from mlcd_ds.engine.run_folder import claim_folder, run_inputs, write_train_manifest
+from mlcd_ds.engine.run_folder import claim_folder, write_train_manifest
 from mlcd_ds.engine.trainer import Trainer
-from mlcd_ds.errors import UserError
-from mlcd_ds.heads.choose_exp_block import check_kernel
-from mlcd_ds.heads.class_sampling import num_sampled
-from mlcd_ds.heads.class_shards import class_range
-from mlcd_ds.heads.groups import num_class_shards
+from mlcd_ds.engine.training_data import missing_keys, open_data
 from mlcd_ds.kernels.device import check_bf16
 from mlcd_ds.models.vit import ViT, flops_per_image, num_parameters
+from mlcd_ds.objectives.registry import kind_of
 from mlcd_ds.stages import runner
 
 
@@ -59,21 +53,6 @@ def build_parser() -> runner.Parser:
     return parser
 
 
-def open_data(recipe: Recipe, group: Group) -> tuple[ShardIndex, LabelStore]:
-    """Open and cross-check index, labels and shards."""
-    for key in ("index", "labels"):
-        if getattr(recipe.data, key) is None:
-            stage_name = {"index": "index", "labels": "assign"}[key]
-            raise UserError(f"data.{key} is not given: add data.{key}=FOLDER, made by `mlcd {stage_name}`.")
-    assert recipe.data.index and recipe.data.labels
-    index = ShardIndex(recipe.data.index)
-    labels = LabelStore(recipe.data.labels, index)
-    index.check_shards(group.rank, group.size)
-    if index.num_images < recipe.train.global_batch:
-        raise UserError(f"train.global_batch {recipe.train.global_batch} is more than the {index.num_images} images.")
-    return index, labels
-
-
 def describe(
     recipe: Recipe, ds_config: dict, layout: Layout, batch_slice: StreamSlice, context: runner.Context
 ) -> None:
@@ -89,20 +68,17 @@ def describe(
         f"{batch_slice.num_micro_batches} x {batch_slice.micro_batch}, on {layout.num_ranks} ranks",
         f"# samples seen: {recipe.train.steps * recipe.train.global_batch / 1e6:.1f} M",
     ]
-    if recipe.data.index is None or recipe.data.labels is None:
-        lines.append("# data: data.index and data.labels are not given; a real run needs them")
+    if missing := missing_keys(recipe):
+        keys = " and ".join(f"data.{key}" for key in missing)
+        lines.append(f"# data: a real run needs {keys}, not given here")
     else:
-        index, labels = open_data(recipe, context.group)
-        shards = num_class_shards(layout.num_ranks, recipe.head.parallel_size, layout.tensor_parallel)
-        local = class_range(labels.num_centers, shards, 0)
-        lines.append(
-            f"# data: {index.num_images} images, {labels.num_labels} labels each of {labels.num_centers} centres"
-        )
-        lines.append(
-            f"# head: {len(local)} centres on rank 0, {num_sampled(local, recipe.head.sample_rate)} sampled a step"
-        )
-        if start := find_start(recipe, labels, context.group):
-            lines.append(f"# starts from: {start.folder}, {'backbone and head' if start.checkpoint else 'backbone'}")
+        data, kind = open_data(recipe, context.group), kind_of(recipe.objective)
+        lines.append(f"# data: {data.index.num_images} images")
+        lines += [f"# {line}" for line in kind.describe(recipe, data, layout.num_ranks, layout.tensor_parallel)]
+        if start := find_start(recipe, data, context.group):
+            lines.append(
+                f"# starts from: {start.folder}, {'backbone and head' if start.is_of_kind(kind) else 'backbone'}"
+            )
     runner.logger.info("\n".join(lines))
 
 
@@ -114,7 +90,7 @@ def run(args: argparse.Namespace, context: runner.Context) -> int:
     recipe = decide_precision(recipe, given_config, args.deepspeed_config)
     if recipe.train.precision == "bf16":
         check_bf16(context.device, "train.precision bf16", "train in fp16, with ds_configs/zero1_fp16.json")
-    check_kernel(recipe.head.kernel, context.device)
+    kind_of(recipe.objective).check_device(recipe, context.device)
     layout = read_layout(given_config, args.deepspeed_config, context.group.size)
     batch_slice = plan_batches(recipe, layout, context.group.rank)
     ds_config = resolve_ds_config(given_config, args.deepspeed_config, recipe, layout, batch_slice)
@@ -133,9 +109,9 @@ def train(
 
     `given_config` is the DeepSpeed file, `ds_config` the same with everything filled in.
     """
-    index, labels = open_data(recipe, context.group)
-    find_start(recipe, labels, context.group)  # what does not fit is refused before the folder is claimed
-    inputs, out = run_inputs(index, labels), recipe.train.out
+    data = open_data(recipe, context.group)
+    find_start(recipe, data, context.group)  # what does not fit is refused before the folder is claimed
+    inputs, out = data.inputs, recipe.train.out
     if claim_folder(recipe, given_config, inputs, context.group):
         runner.logger.info("train: done already, nothing to do (%s)", out)
         return 0
@@ -147,7 +123,7 @@ def train(
         out,
         out,
     )
-    if not Trainer(recipe, ds_config, layout, index, labels, context.group, context.device).fit(stop):
+    if not Trainer(recipe, ds_config, layout, data, context.group, context.device).fit(stop):
         runner.logger.info("train: asked to stop; a checkpoint is saved. Start again to go on.")
         return EXIT_REQUEUE
     if context.group.is_main:

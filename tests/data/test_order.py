@@ -21,8 +21,9 @@ from shard_maker import (
 from mlcd_ds.data import reference
 from mlcd_ds.data.crops import random_boxes
 from mlcd_ds.data.dali import EncodedBatch
+from mlcd_ds.data.fields import Labels
 from mlcd_ds.data.label_store import LabelStore
-from mlcd_ds.data.loader import AugmentConfig, LabelledBatch, StreamSlice, TrainLoader
+from mlcd_ds.data.loader import AugmentConfig, Batch, StreamSlice, TrainLoader
 from mlcd_ds.data.order import SampleOrder, mix64, uniforms
 from mlcd_ds.data.pixels import PixelFormat, center_square, clip_pixels
 from mlcd_ds.data.shard_index import ShardIndex
@@ -244,11 +245,11 @@ def load(
     first_step: int,
     num_micro_batches: int,
     pixels: PixelFormat = GREY_LEVELS,
-) -> list[LabelledBatch]:
+) -> list[Batch]:
     index = ShardIndex(painted.index)
     loader = TrainLoader(
         index,
-        LabelStore(painted.labels, index),
+        {"labels": Labels(LabelStore(painted.labels, index))},
         SampleOrder(index.counts, NUM_STREAMS, 8, seed=1),
         part,
         pixels,
@@ -258,7 +259,7 @@ def load(
     )
     batches = loader.batches(first_step)
     got = [
-        LabelledBatch(b.images_B3SS.clone(), b.labels_BP.clone(), b.keys_B.clone())
+        Batch(b.images_B3SS.clone(), {"labels": b.fields["labels"].clone()}, b.ids_B.clone(), b.keys_B.clone())
         for b in islice(batches, num_micro_batches)
     ]
     batches.close()
@@ -266,10 +267,10 @@ def load(
     return got
 
 
-def assert_labels_belong_to_images(batches: list[LabelledBatch]) -> list[int]:
+def assert_labels_belong_to_images(batches: list[Batch]) -> list[int]:
     """Each image is of one colour, which names it; returns the images' numbers."""
     numbers = [number_of(image) for batch in batches for image in batch.images_B3SS.numpy()]
-    labels = [row for batch in batches for row in batch.labels_BP.tolist()]
+    labels = [row for batch in batches for row in batch.fields["labels"].tolist()]
     assert labels == [PaintedShards.label_of(number) for number in numbers]
     return numbers
 
@@ -288,7 +289,7 @@ def test_labels_belong_to_the_very_image_and_an_epoch_sees_all(painted: PaintedS
     for epoch in range(2):
         seen = streams[:, epoch * per_stream : (epoch + 1) * per_stream].ravel()
         assert len(np.unique(seen)) == len(seen) > painted.num_images - NUM_STREAMS
-    batches[1].labels_BP[[0, 1]] = batches[1].labels_BP[[1, 0]]
+    batches[1].fields["labels"][[0, 1]] = batches[1].fields["labels"][[1, 0]]
     with pytest.raises(AssertionError):
         assert_labels_belong_to_images(batches)  # known-bad twin: two labels exchanged
 
@@ -299,10 +300,11 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks(painted: PaintedSha
     ranks = [load(painted, slice_of(rank, num_ranks), 2, 5) for rank in range(num_ranks)]
     for step, whole in enumerate(one):
         assert torch.equal(torch.cat([rank[step].images_B3SS for rank in ranks]), whole.images_B3SS)
-        assert torch.equal(torch.cat([rank[step].labels_BP for rank in ranks]), whole.labels_BP)
+        assert torch.equal(torch.cat([rank[step].fields["labels"] for rank in ranks]), whole.fields["labels"])
         assert torch.equal(torch.cat([rank[step].keys_B for rank in ranks]), whole.keys_B)
+        assert torch.equal(torch.cat([rank[step].ids_B for rank in ranks]), whole.ids_B)
         assert len(whole.keys_B.unique()) == len(whole.keys_B)
-    assert not torch.equal(ranks[0][0].labels_BP, ranks[1][0].labels_BP)
+    assert not torch.equal(ranks[0][0].fields["labels"], ranks[1][0].fields["labels"])
 
 
 @pytest.mark.parametrize("flip", [True, False])
@@ -315,9 +317,7 @@ def test_pixels_are_those_of_the_plain_loader(tmp_path: Path, flip: bool) -> Non
     files = [sample["jpg"] for shard in shards for sample in read_independently(shard)]
     order, part, pixels = SampleOrder(index.counts, NUM_STREAMS, 8, seed=1), slice_of(1, 3), clip_pixels(32)
     augment = AugmentConfig(crop_area=AREA, crop_aspect=ASPECT, flip=flip)
-    loader = TrainLoader(
-        index, LabelStore(tmp_path / "labels", index), order, part, pixels, augment, torch.device("cpu"), 1
-    )
+    loader = TrainLoader(index, {}, order, part, pixels, augment, torch.device("cpu"), 1)
     batches = loader.batches(first_step=1)
     images = next(batches).images_B3SS
     batches.close()
@@ -344,9 +344,9 @@ def test_micro_batches_make_up_the_same_step(painted: PaintedShards) -> None:
     whole = load(painted, slice_of(0, 1), 1, 3)
     halves = load(painted, slice_of(0, 1, num_micro_batches=2), 1, 6)
     for step in range(3):
-        parts = [half.labels_BP for half in halves[2 * step : 2 * step + 2]]
-        assert torch.equal(torch.cat(parts), whole[step].labels_BP)
-        assert not torch.equal(torch.cat(parts[::-1]), whole[step].labels_BP)
+        parts = [half.fields["labels"] for half in halves[2 * step : 2 * step + 2]]
+        assert torch.equal(torch.cat(parts), whole[step].fields["labels"])
+        assert not torch.equal(torch.cat(parts[::-1]), whole[step].fields["labels"])
 
 
 def test_starting_at_step_k_is_the_tail_of_starting_at_zero(painted: PaintedShards) -> None:
@@ -355,7 +355,8 @@ def test_starting_at_step_k_is_the_tail_of_starting_at_zero(painted: PaintedShar
     for first_step in (1, 3, 6):
         tail = load(painted, slice_of(1, 2, 2), first_step, 2, pixels)
         for got, wanted in zip(tail, whole[2 * first_step :], strict=False):
-            assert torch.equal(got.images_B3SS, wanted.images_B3SS) and torch.equal(got.labels_BP, wanted.labels_BP)
+            assert torch.equal(got.images_B3SS, wanted.images_B3SS)
+            assert torch.equal(got.fields["labels"], wanted.fields["labels"])
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 3, 4, 6, 12, 24])

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,16 +23,16 @@ from mlcd_ds.config import parse_recipe
 from mlcd_ds.distributed.deepspeed import initialize_engine
 from mlcd_ds.distributed.ds_config import choose_accelerator, fill_ds_config, read_ds_config
 from mlcd_ds.distributed.engine_state import engine_state
+from mlcd_ds.distributed.groups import ParallelGroups
 from mlcd_ds.distributed.launch import Launch, process_group
 from mlcd_ds.engine import training_state
 from mlcd_ds.engine.checkpoint import Checkpointer
 from mlcd_ds.engine.layout import Layout
-from mlcd_ds.engine.optimizer import backbone_optimizer, head_optimizer
+from mlcd_ds.engine.optimizer import backbone_optimizer
 from mlcd_ds.heads import head_state
-from mlcd_ds.heads.groups import make_head_groups
-from mlcd_ds.heads.partial_fc import PartialFCHead
+from mlcd_ds.models.towers import Towers
 from mlcd_ds.models.vit import ViT
-from mlcd_ds.objectives.class_losses import ClassLoss
+from mlcd_ds.objectives.class_centres import ClassCentres
 
 MOST_POINTS = 200
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"}
@@ -63,22 +64,21 @@ def child(out: Path, point: int, report: int) -> None:
     for module in (training_state, head_state):
         module.save_file = torn_first(module.save_file)
     with process_group(Launch(0, 0, 1, 1)) as group:
-        backbone = ViT(recipe.model)
+        backbone = Towers({"image": ViT(recipe.model)})
         backbone.init_weights(torch.Generator().manual_seed(0))
         batch = {"train_batch_size": (4, "test"), "train_micro_batch_size_per_gpu": (4, "test")}
         batch |= {"gradient_accumulation_steps": (1, "test"), "gradient_clipping": (1.0, "test")}
         config = fill_ds_config(read_ds_config(DS_CONFIG), DS_CONFIG, batch)
         engine = initialize_engine(backbone, backbone_optimizer(backbone, recipe.optimizer), config)
-        groups = make_head_groups(group)
-        head = PartialFCHead(5, recipe.model.embed_dim, recipe.head, ClassLoss(recipe.objective), groups, 0)
-        head.init_weights()
-        optimizer = head_optimizer(head, recipe.optimizer)
-        head.grad_LE.fill_(1)
-        head.touched_L.fill_(1)
-        optimizer.step(recipe.optimizer.lr)
+        groups, data = ParallelGroups(group), SimpleNamespace(labels=SimpleNamespace(num_centers=5))
+        objective = ClassCentres(recipe, data, groups, torch.device("cpu"))
+        objective.init_weights()
+        objective.head.grad_LE.fill_(1)
+        objective.head.touched_L.fill_(1)
+        objective.step(recipe.optimizer.lr)
         state = engine_state(engine)
         state.begin_average()
-        checkpointer = Checkpointer(recipe, Layout(1, 1, 1), state, head, optimizer, group, {}, config)
+        checkpointer = Checkpointer(recipe, Layout(1, 1, 1), state, objective, groups, {}, config)
         step = checkpointer.resume()
         os.write(report, f"{point} {step} ".encode())
         left = point

@@ -34,7 +34,7 @@ def _without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def whole(trainer: Trainer, moment: str | None) -> dict[str, Tensor]:
-    state, group = trainer.state, trainer.head.groups.tensor
+    state, group = trainer.state, trainer.groups.tensor
     return {name: gather_full(name, state.get(name, moment), group).clone() for name in state.names}
 
 

@@ -21,12 +21,11 @@ from torch.utils._pytree import tree_leaves
 from training_runs import tiny_recipe
 
 from mlcd_ds.config import parse_recipe
-from mlcd_ds.data.label_store import LabelStore
-from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.ds_config import read_ds_config
 from mlcd_ds.engine.layout import plan_batches
 from mlcd_ds.engine.trainer import Trainer
+from mlcd_ds.engine.training_data import open_training_data
 from mlcd_ds.stages.train import read_layout, resolve_ds_config
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -132,10 +131,8 @@ def count(group: Group, data: TinyData, name: str, change: str) -> tuple[dict[st
         del ds_config["timers"]
     waits = Waits()
     as_if_with_streams(waits)
-    index = ShardIndex(recipe.data.index)
-    labels = LabelStore(recipe.data.labels, index)
-    trainer = Trainer(recipe, ds_config, layout, index, labels, group, torch.device("cpu"))
-    trainer.head.allow_host_sync = change == "allowed to wait"
+    trainer = Trainer(recipe, ds_config, layout, open_training_data(recipe), group, torch.device("cpu"))
+    trainer.objective.head.allow_host_sync = change == "allowed to wait"
     batches = trainer.batches(0)
     for step in range(NUM_WARM):
         trainer.step(step, batches)

@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 
 from mlcd_ds.artefacts.files import record_of, write_json
 from mlcd_ds.config import Recipe, dump_recipe, load_recipe
+from mlcd_ds.data.fields import Labels, TrainingData
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.engine.init_from import Start, find_start, load_released
+from mlcd_ds.engine.init_from import Start, find_start
+from mlcd_ds.engine.released import load_released
 from mlcd_ds.engine.weights import BACKBONE_NAME, CHECKPOINT_NAME, CONFIG_NAME, CheckpointManifest
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.convert import to_vision_model, vision_config
@@ -100,15 +102,16 @@ def group() -> Iterator[Group]:
 
 
 @pytest.fixture
-def labels(tiny_data: TinyData) -> LabelStore:
-    return LabelStore(tiny_data.labels, ShardIndex(tiny_data.index))
+def data(tiny_data: TinyData) -> TrainingData:
+    index = ShardIndex(tiny_data.index)
+    return TrainingData(index, {"labels": Labels(LabelStore(tiny_data.labels, index))})
 
 
 def recipe_of(out: Path, config: ViTConfig, *overrides: str) -> Recipe:
     return load_recipe("demo", (f"train.out={out}", f"model={json.dumps(config.model_dump())}", *overrides))
 
 
-def make_run(out: Path, config: ViTConfig, labels: LabelStore, steps: tuple[int, ...] = (5,)) -> dict[int, ViT]:
+def make_run(out: Path, config: ViTConfig, data: TrainingData, steps: tuple[int, ...] = (5,)) -> dict[int, ViT]:
     """A run's folder with a backbone a checkpoint, by step."""
     recipe, models = recipe_of(out, config), {}
     for step in steps:
@@ -119,8 +122,8 @@ def make_run(out: Path, config: ViTConfig, labels: LabelStore, steps: tuple[int,
             step=step,
             num_ranks=1,
             zero_stage=1,
-            num_classes=labels.num_centers,
-            inputs={"clusters": labels.manifest.inputs["clusters"], "labels": "of other images"},
+            objective={"num_classes": data.labels.num_centers},
+            inputs={"clusters": data.labels.manifest.inputs["clusters"], "labels": "of other images"},
             recipe=recipe.model_dump(mode="json"),
             files={BACKBONE_NAME: record_of(folder / BACKBONE_NAME)},
             versions={},
@@ -132,29 +135,29 @@ def make_run(out: Path, config: ViTConfig, labels: LabelStore, steps: tuple[int,
     return models
 
 
-def start_of(out: Path, given: Path, config: ViTConfig, labels: LabelStore, group: Group) -> Start | None:
-    return find_start(recipe_of(out, config, f"train.init_from={given}"), labels, group)
+def start_of(out: Path, given: Path, config: ViTConfig, data: TrainingData, group: Group) -> Start | None:
+    return find_start(recipe_of(out, config, f"train.init_from={given}"), data, group)
 
 
 def test_a_run_starts_from_its_newest_checkpoint_or_the_one_that_is_named(
-    tmp_path: Path, labels: LabelStore, group: Group
+    tmp_path: Path, data: TrainingData, group: Group
 ) -> None:
-    models = make_run(tmp_path / "run", CONFIG, labels, steps=(5, 9))
+    models = make_run(tmp_path / "run", CONFIG, data, steps=(5, 9))
     for folder, step in ((tmp_path / "run", 9), (tmp_path / "run/checkpoints/step_00000005", 5)):
-        start = start_of(tmp_path / "new", folder, CONFIG, labels, group)
+        start = start_of(tmp_path / "new", folder, CONFIG, data, group)
         assert start and start.checkpoint and start.checkpoint.step == step
         started = make_model(CONFIG, 2)
         assert start.fill_backbone(started) == ["the backbone"]
         for name, weight in models[step].state_dict().items():
             assert torch.equal(started.state_dict()[name], weight), name
-    own = start_of(tmp_path / "run", tmp_path / "run", CONFIG, labels, group)
+    own = start_of(tmp_path / "run", tmp_path / "run", CONFIG, data, group)
     assert own is None, "a run goes on from its own checkpoints"
 
 
-def test_a_run_at_another_resolution_keeps_its_projection(tmp_path: Path, labels: LabelStore, group: Group) -> None:
-    model = make_run(tmp_path / "run", CONFIG, labels)[5]
+def test_a_run_at_another_resolution_keeps_its_projection(tmp_path: Path, data: TrainingData, group: Group) -> None:
+    model = make_run(tmp_path / "run", CONFIG, data)[5]
     config = CONFIG.model_copy(update={"image_size": 48, "num_registers": 2})
-    start, started = start_of(tmp_path / "new", tmp_path / "run", config, labels, group), make_model(config, 2)
+    start, started = start_of(tmp_path / "new", tmp_path / "run", config, data, group), make_model(config, 2)
     notes = ["the backbone", "positions resized from 32 to 48 px", "the registers start at random"]
     assert start and start.fill_backbone(started) == notes
     assert torch.equal(started.projection.weight, model.projection.weight)
@@ -171,30 +174,30 @@ def test_a_run_at_another_resolution_keeps_its_projection(tmp_path: Path, labels
     ],
 )
 def test_a_run_of_another_shape_is_named(
-    tmp_path: Path, labels: LabelStore, group: Group, changed: dict, message: str
+    tmp_path: Path, data: TrainingData, group: Group, changed: dict, message: str
 ) -> None:
     config = CONFIG.model_copy(update={"num_registers": 2})
-    make_run(tmp_path / "run", config, labels)
-    assert start_of(tmp_path / "new", tmp_path / "run", config, labels, group)
+    make_run(tmp_path / "run", config, data)
+    assert start_of(tmp_path / "new", tmp_path / "run", config, data, group)
     with pytest.raises(UserError, match=message):
-        start_of(tmp_path / "new", tmp_path / "run", config.model_copy(update=changed), labels, group)
+        start_of(tmp_path / "new", tmp_path / "run", config.model_copy(update=changed), data, group)
 
 
-def test_a_damaged_backbone_is_named(tmp_path: Path, labels: LabelStore, group: Group) -> None:
-    make_run(tmp_path / "run", CONFIG, labels)
+def test_a_damaged_backbone_is_named(tmp_path: Path, data: TrainingData, group: Group) -> None:
+    make_run(tmp_path / "run", CONFIG, data)
     path = tmp_path / "run/checkpoints/step_00000005" / BACKBONE_NAME
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    start = start_of(tmp_path / "new", tmp_path / "run", CONFIG, labels, group)
+    start = start_of(tmp_path / "new", tmp_path / "run", CONFIG, data, group)
     with pytest.raises(UserError, match=str(path)):
         assert start and start.fill_backbone(make_model(CONFIG, 2))
 
 
-def test_a_run_without_a_checkpoint_is_named(tmp_path: Path, labels: LabelStore, group: Group) -> None:
-    make_run(tmp_path / "run", CONFIG, labels, steps=())
+def test_a_run_without_a_checkpoint_is_named(tmp_path: Path, data: TrainingData, group: Group) -> None:
+    make_run(tmp_path / "run", CONFIG, data, steps=())
     with pytest.raises(UserError, match=r"run has no whole checkpoint yet"):
-        start_of(tmp_path / "new", tmp_path / "run", CONFIG, labels, group)
+        start_of(tmp_path / "new", tmp_path / "run", CONFIG, data, group)
 
 
 @pytest.mark.parametrize(
@@ -208,23 +211,27 @@ def test_a_run_without_a_checkpoint_is_named(tmp_path: Path, labels: LabelStore,
     ],
 )
 def test_the_labels_of_the_new_run_name_the_same_clusters(
-    tmp_path: Path, labels: LabelStore, group: Group, num_classes: int, inputs: dict[str, str], message: str | None
+    tmp_path: Path, data: TrainingData, group: Group, num_classes: int, inputs: dict[str, str], message: str | None
 ) -> None:
-    make_run(tmp_path / "run", CONFIG, labels)
-    ours = {"clusters": labels.manifest.inputs["clusters"], "labels": labels.manifest.fingerprint}
+    make_run(tmp_path / "run", CONFIG, data)
+    ours = {"clusters": data.labels.manifest.inputs["clusters"], "labels": data.labels.manifest.fingerprint}
     inputs = {role: ours[role] if value == "OURS" else value for role, value in inputs.items()}
     path = tmp_path / "run/checkpoints/step_00000005" / CHECKPOINT_NAME
-    write_json(path, json.loads(path.read_text()) | {"num_classes": num_classes, "inputs": inputs})
+    content = json.loads(path.read_text())
+    content["objective"] = {"num_classes": num_classes}
+    if "clusters" not in inputs:  # an earlier version
+        content |= {"num_classes": content.pop("objective")["num_classes"]}
+    write_json(path, content | {"inputs": inputs})
     if message is None:
-        assert start_of(tmp_path / "new", tmp_path / "run", CONFIG, labels, group)
+        assert start_of(tmp_path / "new", tmp_path / "run", CONFIG, data, group)
     else:
         with pytest.raises(UserError, match=message):
-            start_of(tmp_path / "new", tmp_path / "run", CONFIG, labels, group)
+            start_of(tmp_path / "new", tmp_path / "run", CONFIG, data, group)
 
 
 def test_a_hugging_face_folder_has_no_head(
-    released: tuple[Path, ViT], tmp_path: Path, labels: LabelStore, group: Group
+    released: tuple[Path, ViT], tmp_path: Path, data: TrainingData, group: Group
 ) -> None:
-    start = start_of(tmp_path / "new", released[0], CONFIG, labels, group)
+    start = start_of(tmp_path / "new", released[0], CONFIG, data, group)
     assert start and start.checkpoint is None
     assert start.fill_backbone(make_model(CONFIG, 2)) == ["the backbone"]

@@ -19,8 +19,6 @@ from training_runs import tiny_recipe
 
 import mlcd_ds.engine.trainer as trainer_module
 from mlcd_ds.config import Recipe, parse_recipe
-from mlcd_ds.data.label_store import LabelStore
-from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.ds_config import read_ds_config
 from mlcd_ds.distributed.engine_state import engine_state
@@ -29,6 +27,7 @@ from mlcd_ds.engine.gradients import GradientFactors
 from mlcd_ds.engine.layout import Layout, check_layout, plan_batches
 from mlcd_ds.engine.tensor_parallel import gather_full
 from mlcd_ds.engine.trainer import Trainer
+from mlcd_ds.engine.training_data import open_training_data
 from mlcd_ds.errors import UserError
 
 NUM_STEPS = 5
@@ -51,11 +50,9 @@ def make_recipe(data: TinyData, num_micro_batches: int, data_parallel: int, **tr
 
 
 def make_trainer(recipe: Recipe, layout: Layout, group: Group, config: dict[str, Any]) -> Trainer:
-    index = ShardIndex(recipe.data.index)
     plan = plan_batches(recipe, layout, group.rank)
     ds_config = resolve_ds_config(config, Path("none"), recipe, layout, plan)
-    device = torch.device("cpu")
-    return Trainer(recipe, ds_config, layout, index, LabelStore(recipe.data.labels, index), group, device)
+    return Trainer(recipe, ds_config, layout, open_training_data(recipe), group, torch.device("cpu"))
 
 
 def train(
@@ -66,9 +63,9 @@ def train(
     batches, curve = trainer.batches(0), []
     for step in range(NUM_STEPS):
         result = trainer.step(step, batches)
-        curve.append([float(result.loss), float(result.backbone_grad_norm), float(result.head_grad_norm)])
+        curve.append([float(result.loss), float(result.backbone_grad_norm), float(result.measures["grad_norm_head"])])
     batches.close()
-    state, tensor_group = engine_state(trainer.engine), trainer.head.groups.tensor
+    state, tensor_group = engine_state(trainer.engine), trainer.groups.tensor
     weights = {name: gather_full(name, state.get(name), tensor_group).clone() for name in state.names}
     trainer.engine.destroy()
     return torch.tensor(curve, dtype=torch.float64), weights

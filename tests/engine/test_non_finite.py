@@ -34,7 +34,8 @@ def content(trainer: Trainer) -> dict[str, Tensor]:
     found = {name: state.get(name).clone() for name in state.names}
     for name in state.names:
         found |= {f"{moment}/{name}": state.get(name, moment).clone() for moment in state.moments(name)}
-    head = {"head": trainer.head.weight_LE, **trainer.head_optimizer.state}
+    objective = trainer.objective
+    head = {"head": objective.head.weight_LE, **objective.optimizer.state}
     return found | {name: tensor.clone() for name, tensor in head.items()}
 
 
@@ -49,13 +50,13 @@ def spoiled_steps(group: Group, data: TinyData, folder: Path) -> dict[str, dict]
     for precision, optimizer, stage in KINDS:
         name = f"{precision}-{optimizer}-{stage}"
         trainer = make_trainer(data, folder / name, Layout(group.size, 1, stage), group, precision, optimizer)
-        good, bad = trainer.factors, replace(trainer.factors, embeddings=INFINITY)
+        good, bad = trainer.factors, replace(trainer.factors, outputs=INFINITY)
         go_on(trainer, 0, 1)
         first = content(trainer)
         trainer.factors = bad if group.rank == group.size - 1 else good
         loss, norm, _ = go_on(trainer, 1, 2)[0].tolist()
         second = content(trainer)
-        trainer.factors = replace(good, rows=INFINITY)
+        trainer.factors = replace(good, own=INFINITY)
         head_norm = go_on(trainer, 2, 3)[0, 2].item()
         third = content(trainer)
         trainer.factors = good
@@ -88,7 +89,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(tiny_data: TinyData, tmp_pa
 def unguarded(group: Group, data: TinyData, folder: Path) -> tuple[bool, str]:
     """Without the guard of stage 0: what DeepSpeed does with such a gradient, and whether that is saved."""
     trainer = make_trainer(data, folder, Layout(1), group)
-    trainer.factors = replace(trainer.factors, embeddings=INFINITY)
+    trainer.factors = replace(trainer.factors, outputs=INFINITY)
     trainer_module.step_engine = lambda engine: engine.step()
     batches = trainer.batches(0)
     loss = trainer.step(0, batches).loss

@@ -39,6 +39,25 @@ def test_what_a_recipe_says_stands_over_its_base(tmp_path: Path) -> None:
     assert [phase.until for phase in again.train.phases] == [20]
 
 
+def test_another_objective_takes_over_neither_the_base_s_nor_its_head(tmp_path: Path) -> None:
+    base = load_recipe("demo")
+    assert base.head.init == "centers" and base.objective.name == "mlcd"
+    recipe = load_recipe(write(tmp_path / "clip.yaml", base="demo", objective={"name": "clip"}))
+    assert recipe.objective.model_dump() == {
+        "name": "clip",
+        "temperature": 0.07,
+        "max_scale": 100.0,
+        "precision": "auto",
+    }
+    assert recipe.head.init == "normal" and recipe.train == base.train
+    again = load_recipe(write(tmp_path / "again.yaml", base="clip.yaml", objective={"temperature": 0.1}))
+    assert again.objective.name == "clip" and again.objective.temperature == 0.1
+    same = load_recipe(write(tmp_path / "same.yaml", base="demo", objective={"name": "mlc"}))
+    assert same.objective.name == "mlc" and same.objective.scale == 16.0 and same.head == base.head, "of the same kind"
+    with pytest.raises(UserError, match=r"objective.scale belongs to mlcd, mlc, .* is clip"):
+        load_recipe("demo", ("objective.name=clip",))
+
+
 def test_the_resolved_recipe_is_whole(tmp_path: Path) -> None:
     recipe = load_recipe("vit_l_14_336")
     path = tmp_path / "elsewhere/config.yaml"

@@ -14,7 +14,6 @@ import yaml
 from pydantic import ValidationError
 
 from mlcd_ds.config import (
-    OptimizerConfig,
     Recipe,
     apply_override,
     changed_keys,
@@ -35,10 +34,13 @@ from mlcd_ds.engine.hardware import GPUS, gpu_named
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.optimizer import backbone_optimizer, set_learning_rate
 from mlcd_ds.engine.phases import Phase, phase_at, phases
-from mlcd_ds.engine.precision import decide_precision, head_config
+from mlcd_ds.engine.precision import decide_precision
 from mlcd_ds.engine.schedule import learning_rate
 from mlcd_ds.errors import UserError
+from mlcd_ds.models.towers import Towers
 from mlcd_ds.models.vit import ViT, ViTConfig
+from mlcd_ds.objectives.class_centres import head_config
+from mlcd_ds.recipes.sections import OptimizerConfig
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 MODEL = {"image_size": 32, "patch_size": 16, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64, "embed_dim": 16}
@@ -93,7 +95,7 @@ def test_constant_schedule_and_cooldown() -> None:
 
 def test_layer_decay() -> None:
     model = ViT(ViTConfig(**{**MODEL, "positions": "rope2d"}))
-    optimizer = backbone_optimizer(model, OptimizerConfig(lr=1.0, warmup_steps=0, layer_decay=0.5))
+    optimizer = backbone_optimizer(Towers({"image": model}), OptimizerConfig(lr=1.0, warmup_steps=0, layer_decay=0.5))
     set_learning_rate(optimizer, 0.8)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     rates = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
@@ -107,7 +109,7 @@ def test_layer_decay() -> None:
 
 def test_decay_is_on_matrices_only() -> None:
     model = ViT(ViTConfig(**MODEL))
-    optimizer = backbone_optimizer(model, OptimizerConfig(lr=1e-3, weight_decay=0.2, warmup_steps=0))
+    optimizer = backbone_optimizer(Towers({"image": model}), OptimizerConfig(lr=1e-3, weight_decay=0.2, warmup_steps=0))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, plain = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
@@ -252,6 +254,18 @@ def test_dump_and_load_round_trip(tmp_path: Path) -> None:
         ({"model": {"patch_size": 15}}, "image_size 32 is not a multiple of patch_size 15"),
         ({"objective": {"scale": 76.0}}, "objective.scale.*75"),
         ({"objective": {"name": "unicom", "num_labels": 8}}, "unicom takes one label"),
+        ({"objective": {"name": "nosuch"}}, "objective: .*'nosuch'.*'mlcd', .*'clip'"),
+        ({"objective": {"name": "mlc", "temperature": 0.1}}, "objective.temperature belongs to clip; .* is mlc"),
+        ({"objective": {"name": "clip", "margin": 0.1}}, "objective.margin belongs to mlcd, mlc, .*; this .* is clip"),
+        ({"objective": {"name": "clip", "temprature": 0.1}}, "objective.temprature: .*Did you mean temperature"),
+        ({"towers": {"image": "frozen"}}, "towers.image belongs to clip, siglip; this recipe's objective is mlcd"),
+        ({"objective": {"name": "clip"}, "towers": {"image": "frozen"}}, "towers.image is frozen, .*--init-from"),
+        ({"objective": {"name": "clip"}, "towers": {"image": "frozen", "text": "frozen"}}, "nothing is left to train"),
+        ({"objective": {"name": "clip", "temperature": 2}}, "objective.temperature: .*less than or equal to 1"),
+        (
+            {"objective": {"name": "siglip"}, "head": {"sample_rate": 0.5}},
+            "head.sample_rate belongs to mlcd, .* siglip",
+        ),
         ({"optimizer": {"betas": [1.5, 0.9]}}, r"optimizer.betas.0: .*less than 1 \(got 1.5"),
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas"),
         ({"optimizer": {"lr": math.nan}}, r"optimizer.lr: .*finite number \(got nan"),

@@ -39,7 +39,6 @@ def add_checkpoint(recipe: Recipe, step: int) -> None:
         step=step,
         num_ranks=1,
         zero_stage=1,
-        num_classes=2,
         inputs=INPUTS,
         recipe=recipe.model_dump(mode="json"),
         files={},

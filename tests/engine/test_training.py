@@ -17,6 +17,7 @@ from distributed_harness import TinyData, assert_close, assert_differs, quiet_en
 from torch import Tensor
 from training_runs import DS_CONFIG, checkpoints, curves, final_weights, start, tiny_recipe, write_recipe
 
+from mlcd_ds.data.fields import Labels
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.loader import AugmentConfig, StreamSlice, TrainLoader
 from mlcd_ds.data.order import SampleOrder
@@ -133,7 +134,9 @@ def plain_loop(data: TinyData, num_steps: int, lr: float, head_clip_norm: float,
     order = SampleOrder(index.counts, recipe["data"]["num_streams"], recipe["data"]["shuffle_window"], seed)
     part = StreamSlice(tuple(range(6)), 4, 1)
     augment = AugmentConfig(**recipe["data"]["augment"])
-    loader = TrainLoader(index, labels, order, part, clip_pixels(32), augment, torch.device("cpu"), 1)
+    loader = TrainLoader(
+        index, {"labels": Labels(labels)}, order, part, clip_pixels(32), augment, torch.device("cpu"), 1
+    )
     backbone = ViT(ViTConfig(**recipe["model"]))
     backbone.init_weights(torch.Generator().manual_seed(seed))
     backbone.to(dtype)
@@ -149,7 +152,7 @@ def plain_loop(data: TinyData, num_steps: int, lr: float, head_clip_norm: float,
         batch = next(batches)
         noise = TrainingNoise(batch.keys_B, recipe["train"]["drop_path"], recipe["train"]["token_drop"])
         emb_BE = F.normalize(backbone(batch.images_B3SS.to(dtype), noise))
-        negative, positive = dense_terms(emb_BE, centers_CE, batch.labels_BP)
+        negative, positive = dense_terms(emb_BE, centers_CE, batch.fields["labels"])
         (negative + positive).backward()
         norm = torch.nn.utils.clip_grad_norm_(backbone.parameters(), settings["clip_norm"])
         head_norm = torch.nn.utils.clip_grad_norm_([centers_CE], head_clip_norm)

@@ -16,7 +16,7 @@ from training_runs import tiny_recipe
 from mlcd_ds.artefacts.files import record_of
 from mlcd_ds.config import Recipe, dump_recipe, parse_recipe
 from mlcd_ds.encoders.registry import load_encoder
-from mlcd_ds.engine.init_from import load_released
+from mlcd_ds.engine.released import load_released
 from mlcd_ds.engine.run_log import entries_until
 from mlcd_ds.engine.weights import (
     BACKBONE_NAME,
@@ -45,7 +45,6 @@ def write_run(run: Path, recipe: Recipe, step: int = 8) -> Path:
         step=step,
         num_ranks=1,
         zero_stage=1,
-        num_classes=25,
         num_updates=step,
         inputs={},
         recipe=recipe.model_dump(mode="json"),

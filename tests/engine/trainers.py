@@ -11,12 +11,11 @@ from torch import Tensor
 from training_runs import tiny_recipe
 
 from mlcd_ds.config import Recipe, parse_recipe
-from mlcd_ds.data.label_store import LabelStore
-from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.engine_config import resolve_ds_config
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.trainer import Trainer
+from mlcd_ds.engine.training_data import open_training_data
 
 
 def make_trainer(
@@ -36,12 +35,11 @@ def make_trainer(
     for name, keys in (sections or {}).items():
         content[name] |= keys
     recipe: Recipe = parse_recipe(content, "test")
-    index, config = ShardIndex(recipe.data.index), {}
+    config: dict[str, dict[str, int]] = {}
     if precision == "fp16":
         config["fp16"] = {"initial_scale_power": 4, "loss_scale_window": 2}  # the scale changes on the way
     ds_config = resolve_ds_config(config, Path("none"), recipe, layout, plan_batches(recipe, layout, group.rank))
-    device = torch.device("cpu")
-    return Trainer(recipe, ds_config, layout, index, LabelStore(recipe.data.labels, index), group, device)
+    return Trainer(recipe, ds_config, layout, open_training_data(recipe), group, torch.device("cpu"))
 
 
 def go_on(trainer: Trainer, first: int, end: int) -> Tensor:
@@ -49,6 +47,6 @@ def go_on(trainer: Trainer, first: int, end: int) -> Tensor:
     batches, curve = trainer.batches(first), []
     for step in range(first, end):
         result = trainer.step(step, batches)
-        curve.append([float(result.loss), float(result.backbone_grad_norm), float(result.head_grad_norm)])
+        curve.append([float(result.loss), float(result.backbone_grad_norm), float(result.measures["grad_norm_head"])])
     batches.close()
     return torch.tensor(curve, dtype=torch.float64)

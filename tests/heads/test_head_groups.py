@@ -14,7 +14,7 @@ from mlcd_ds.errors import UserError
 from mlcd_ds.heads.groups import HeadGroups, make_head_groups
 from mlcd_ds.heads.partial_fc import HeadConfig, PartialFCHead
 from mlcd_ds.heads.row_optimizer import RowOptimizer, SGDRule
-from mlcd_ds.objectives.class_losses import ClassLoss, ObjectiveConfig
+from mlcd_ds.objectives.class_losses import ClassLoss, ClassLossConfig
 
 NUM_CLASSES, DIM, GLOBAL_BATCH, NUM_LABELS = 37, 8, 24, 3
 # (ranks, head.parallel_size, tensor parallel size)
@@ -32,7 +32,7 @@ def one_step(group: Group, head_parallel: int | None, tensor_parallel: int, mist
     """Loss, gradients, norm and weights after one step of this rank in a layout; `mistake` makes one on the way."""
     groups = make_head_groups(group, head_parallel, tensor_parallel)
     config = HeadConfig(sample_rate=1.0, init_std=1.0, parallel_size=head_parallel)
-    head = PartialFCHead(NUM_CLASSES, DIM, config, ClassLoss(ObjectiveConfig(scale=16.0)), groups, seed=3)
+    head = PartialFCHead(NUM_CLASSES, DIM, config, ClassLoss(ClassLossConfig(scale=16.0)), groups, seed=3)
     head.init_weights()
     head.resample(0)
     emb_GE, labels_GP = make_batch()
@@ -97,7 +97,7 @@ def sizes_refused(group: Group) -> list[str]:
         except UserError as error:
             messages.append(str(error))
     try:
-        PartialFCHead(2, DIM, HeadConfig(), ClassLoss(ObjectiveConfig()), make_head_groups(group), 0)
+        PartialFCHead(2, DIM, HeadConfig(), ClassLoss(ClassLossConfig()), make_head_groups(group), 0)
         messages.append("")
     except UserError as error:
         messages.append(str(error))

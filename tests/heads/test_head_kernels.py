@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mlcd_ds.config import load_recipe
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.engine.precision import head_config
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads import negatives
 from mlcd_ds.heads.centers import Centers
@@ -22,7 +21,8 @@ from mlcd_ds.heads.groups import make_head_groups
 from mlcd_ds.heads.negatives import BlockShape, Negatives, TorchExpBlock
 from mlcd_ds.heads.partial_fc import HeadConfig, PartialFCHead
 from mlcd_ds.kernels.matmul import Matmul
-from mlcd_ds.objectives.class_losses import ClassLoss, ObjectiveConfig
+from mlcd_ds.objectives.class_centres import head_config
+from mlcd_ds.objectives.class_losses import ClassLoss, ClassLossConfig
 
 NUM_IMAGES, NUM_CLASSES, NUM_SAMPLED, DIM, NUM_LABELS = 19, 60, 43, 24, 3
 SHIFT = 8.0
@@ -162,7 +162,7 @@ def run_precisions(group: Group) -> dict[str, dict[str, Tensor]]:
     """Features of each type at s = 64, aligned with their centres (cosines of 1 and -1) or random."""
     results = {}
     for precision in ("fp32", "bf16"):
-        loss = ClassLoss(ObjectiveConfig(scale=64.0))
+        loss = ClassLoss(ClassLossConfig(scale=64.0))
         config = HeadConfig(sample_rate=1.0, init_std=1.0, precision=precision)
         head = PartialFCHead(NUM_CLASSES, DIM, config, loss, make_head_groups(group), 3)
         head.init_weights()

@@ -13,15 +13,15 @@ from distributed_harness import assert_close, assert_differs, run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mlcd_ds.config import OptimizerConfig
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.engine.optimizer import head_optimizer
 from mlcd_ds.errors import UserError
 from mlcd_ds.heads.groups import HeadGroups, make_head_groups
 from mlcd_ds.heads.head_state import load_head, save_head
 from mlcd_ds.heads.partial_fc import HeadConfig, PartialFCHead, without_repeats
 from mlcd_ds.heads.row_optimizer import RowOptimizer
-from mlcd_ds.objectives.class_losses import ClassLoss, ObjectiveConfig
+from mlcd_ds.objectives.class_centres import head_optimizer
+from mlcd_ds.objectives.class_losses import ClassLoss, ClassLossConfig
+from mlcd_ds.recipes.sections import OptimizerConfig
 
 NUM_CLASSES, DIM, GLOBAL_BATCH, NUM_LABELS = 37, 8, 18, 3
 MANY_CLASSES = 9001  # more than two blocks of initial centres
@@ -32,7 +32,7 @@ def make_head(
     group: Group, rate: float = 1.0, num_classes: int = NUM_CLASSES, sampling: str = "uniform"
 ) -> PartialFCHead:
     config = HeadConfig(sample_rate=rate, sampling=sampling, init_std=0.1)
-    loss = ClassLoss(ObjectiveConfig(scale=16.0))
+    loss = ClassLoss(ClassLossConfig(scale=16.0))
     head = PartialFCHead(num_classes, DIM, config, loss, make_head_groups(group), seed=3)
     head.init_weights()
     return head
@@ -221,7 +221,7 @@ class Place:
 def head_at(rank: int, size: int) -> tuple[PartialFCHead, RowOptimizer]:
     """One shard of a head of 83 classes, all zero."""
     place = Place(rank, size)
-    loss = ClassLoss(ObjectiveConfig())
+    loss = ClassLoss(ClassLossConfig())
     head = PartialFCHead(83, DIM, HeadConfig(), loss, HeadGroups(classes=place, data=place), seed=3)
     optimizer = make_optimizer(head)
     for tensor in state_of(head, optimizer).values():

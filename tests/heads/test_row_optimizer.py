@@ -11,7 +11,7 @@ from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.heads.groups import make_head_groups
 from mlcd_ds.heads.partial_fc import HeadConfig, PartialFCHead
 from mlcd_ds.heads.row_optimizer import AdamWRule, RowOptimizer, RowRule, SGDRule
-from mlcd_ds.objectives.class_losses import ClassLoss, ObjectiveConfig
+from mlcd_ds.objectives.class_losses import ClassLoss, ClassLossConfig
 
 NUM_CLASSES, DIM, NUM_STEPS, LR = 1500, 6, 12, 3e-2  # more rows than a block holds
 RULES: dict[str, RowRule] = {"adamw": AdamWRule((0.9, 0.98), 1e-6, 0.2), "sgd": SGDRule(0.9, 0.1)}
@@ -34,7 +34,7 @@ def move_rows(group: Group, max_norm: float) -> dict[tuple[str, bool, bool], dic
     results = {}
     for name, rule in RULES.items():
         for is_lazy, may_wait in ((True, True), (False, True), (True, False)):
-            loss = ClassLoss(ObjectiveConfig(scale=16.0))
+            loss = ClassLoss(ClassLossConfig(scale=16.0))
             head = PartialFCHead(NUM_CLASSES, DIM, HeadConfig(init_std=1.0), loss, make_head_groups(group), 3)
             head.init_weights()
             initial = head.weight_LE.detach().clone()
@@ -113,7 +113,7 @@ def test_one_count_for_all_rows_is_told_apart() -> None:
 
 
 def step_with_nan(group: Group) -> tuple[Tensor, Tensor, bool, list[int]]:
-    loss = ClassLoss(ObjectiveConfig(scale=16.0))
+    loss = ClassLoss(ClassLossConfig(scale=16.0))
     head = PartialFCHead(6, 2, HeadConfig(init_std=1.0), loss, make_head_groups(group), 3)
     head.init_weights()
     before = head.weight_LE.detach().clone()

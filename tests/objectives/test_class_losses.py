@@ -16,7 +16,7 @@ from torch import Tensor
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.heads.groups import make_head_groups
 from mlcd_ds.heads.partial_fc import HeadConfig, PartialFCHead
-from mlcd_ds.objectives.class_losses import ClassLoss, ObjectiveConfig
+from mlcd_ds.objectives.class_losses import ClassLoss, ClassLossConfig
 
 NUM_CLASSES, DIM, BATCH, NUM_LABELS = 37, 8, 4, 3  # 37 divides by neither 2 nor 3
 STEP = 5
@@ -99,7 +99,7 @@ def make_embeddings(labels_GP: Tensor, weight_CE: Tensor, kind: str) -> Tensor:
 
 def objective_of(case: Case) -> ClassLoss:
     return ClassLoss(
-        ObjectiveConfig(
+        ClassLossConfig(
             name=case.name,
             scale=case.scale,
             margin=case.margin,
@@ -323,7 +323,7 @@ def test_a_gradient_that_is_not_summed_over_ranks_is_told_apart(num_ranks: int) 
 
 def test_two_terms_are_the_factored_loss() -> None:
     """log(1 + A) + log(1 + B) = log(1 + A + B + AB), the paper's Eq. 5 without an image's own pairs of zeros."""
-    loss = ClassLoss(ObjectiveConfig(scale=16.0, margin=0.3))
+    loss = ClassLoss(ClassLossConfig(scale=16.0, margin=0.3))
     generator = torch.Generator().manual_seed(0)
     negatives_GS = torch.rand(5, 20, generator=generator, dtype=torch.float64) * 2 - 1
     cosines_GP = torch.rand(5, 3, generator=generator, dtype=torch.float64) * 2 - 1
@@ -347,7 +347,7 @@ def test_values_and_slopes_are_finite_over_the_whole_range_of_settings(
     name: str, scale: float, margin: float, form: str
 ) -> None:
     """All cosines 1, all -1, no negative at all, no label at all."""
-    loss = ClassLoss(ObjectiveConfig(name=name, scale=scale, margin=margin, margin_form=form))
+    loss = ClassLoss(ClassLossConfig(name=name, scale=scale, margin=margin, margin_form=form))
     largest = math.log(4e6) + scale
     negatives_G = torch.tensor([largest, -largest, -math.inf, largest, -math.inf])
     cosines_GP = torch.tensor([[-1.0, 1.0], [1.0, 1.0], [-1.0, -1.0], [0.0, 0.0], [0.0, 0.0]])
@@ -363,7 +363,7 @@ def one_sided(group: Group) -> list[tuple[str, float, float, float, Tensor, Tens
     """All embeddings and centres on one line: every cosine is the same."""
     results = []
     for name, scale, cosine in itertools.product(("mlcd", "mlc", "averaged_softmax"), (64.0, 75.0), (-1.0, -0.3, 1.0)):
-        loss = ClassLoss(ObjectiveConfig(name=name, scale=scale))
+        loss = ClassLoss(ClassLossConfig(name=name, scale=scale))
         head = PartialFCHead(8, 2, HeadConfig(sample_rate=1.0), loss, make_head_groups(group), 0)
         with torch.no_grad():
             head.weight_LE.copy_(torch.tensor([[1.0, 0.0]]).expand(8, -1))
@@ -390,13 +390,13 @@ def test_equal_cosines_from_end_to_end_of_the_range() -> None:
 
 def test_settings_that_contradict_are_refused() -> None:
     with pytest.raises(ValidationError, match="scale"):
-        ObjectiveConfig(scale=76.0)
+        ClassLossConfig(scale=76.0)
     with pytest.raises(ValidationError, match="one label"):
-        ObjectiveConfig(name="unicom", num_labels=8)
+        ClassLossConfig(name="unicom", num_labels=8)
 
 
 @pytest.mark.parametrize("scale", [1.0, 64.0, 66.0, 68.0, 70.0, 75.0])
 def test_ten_million_classes_stay_numbers_in_fp32(scale: float) -> None:
-    shift, limits = ClassLoss(ObjectiveConfig(scale=scale)).shift, torch.finfo(torch.float32)
+    shift, limits = ClassLoss(ClassLossConfig(scale=scale)).shift, torch.finfo(torch.float32)
     assert 1e7 * math.exp(scale - shift) * scale < limits.max, "all of them at the image, in the gradient"
     assert math.exp(-scale - shift) > limits.tiny, "the one farthest away"
