@@ -1,7 +1,8 @@
-"""Conversion between `ViT` and Hugging Face's `CLIPVisionModel` and `MLCDVisionModel`: keys and config only, no files,
-no transformers.
+"""Conversion between `ViT` and Hugging Face's `CLIPVisionModel` and `MLCDVisionModel`, and between both towers and
+`CLIPModel`: keys and config only, no files, no transformers.
 
-`ViT` uses Hugging Face's parameter names, so that a conversion is a prefix, a check and a projection left out.
+Our towers use Hugging Face's parameter names, so that a conversion is a prefix and a check; the projections have other
+names, and an image tower alone leaves its own out.
 """
 
 from collections.abc import Mapping
@@ -11,10 +12,17 @@ import torch
 from torch import Tensor
 
 from mlcd_ds.models.rope import THETA
+from mlcd_ds.models.text import TextConfig, TextTower
 from mlcd_ds.models.vit import ViT, ViTConfig
 
-PREFIX = "vision_model."
+PREFIX, TEXT_PREFIX = "vision_model.", "text_model."
 PROJECTION = "projection."
+# What both towers' parameters are called in a `CLIPModel`, by our prefix; the longest that fits counts.
+CLIP_PREFIXES = {
+    "image": {PROJECTION: "visual_projection.", "": PREFIX},
+    "text": {PROJECTION: "text_projection.", "": TEXT_PREFIX},
+}
+LOG_SCALE = "logit_scale"
 ROTARY, CLASS_ANGLES = "rotary.", "class_pos_emb"  # ours is a part of the rotary module
 
 # transformers leaves fields at their default out of some config.json files
@@ -40,6 +48,20 @@ _MLCD_VISION_DEFAULTS: dict[str, Any] = _CLIP_VISION_DEFAULTS | {
     "hidden_act": "gelu",
     "num_key_value_groups": 1,
 }
+_CLIP_TEXT_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+    "hidden_size": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "intermediate_size": 2048,
+    "projection_dim": 512,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "eos_token_id": 49407,
+}
+# In configs of before: not the token's number, but a sign that the text ends at its token of largest number.
+LEGACY_END_TOKEN = 2
 MLCD_TYPES = ("mlcd", "mlcd_vision_model")
 _IGNORED_KEYS = frozenset({"logit_scale", "text_projection.weight", "visual_projection.weight"})
 
@@ -148,9 +170,111 @@ def _check_against_model(state: Mapping[str, Tensor], config: ViTConfig) -> None
         expected = {
             name: tensor.shape for name, tensor in ViT(config).state_dict().items() if not name.startswith(PROJECTION)
         }
+    _check_keys(state, expected, "vision")
+
+
+def _check_keys(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], kind: str) -> None:
+    """Raise ValueError unless the state has exactly these keys and shapes."""
     unexpected, missing = sorted(state.keys() - expected.keys()), sorted(expected.keys() - state.keys())
     if unexpected or missing:
-        raise ValueError(f"not the keys of this vision model: unexpected {unexpected}, missing {missing}")
+        raise ValueError(f"not the keys of this {kind} model: unexpected {unexpected}, missing {missing}")
     for name, shape in expected.items():
         if state[name].shape != shape:
             raise ValueError(f"{name} has shape {tuple(state[name].shape)}; the config makes it {tuple(shape)}")
+
+
+def text_config(config: TextConfig) -> dict[str, Any]:
+    """Return the `text_config` of a `CLIPConfig`, or a `CLIPTextConfig`, with which transformers builds this tower."""
+    return {
+        "model_type": "clip_text_model",
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_width,
+        "projection_dim": config.embed_dim,
+        "hidden_act": config.activation,
+        "layer_norm_eps": config.norm_eps,
+        "eos_token_id": config.end_token,
+        "attention_dropout": 0.0,
+    }
+
+
+def clip_config(image: ViTConfig, text: TextConfig) -> dict[str, Any]:
+    """Return the contents of a `config.json` with which transformers builds a `CLIPModel`.
+
+    Raises ValueError where the towers do not fit together, or CLIP has no such image tower.
+    """
+    if image.positions != "learned" or image.num_registers:
+        raise ValueError("a CLIPModel has learned positions and no registers: this image tower cannot be part of one")
+    if image.embed_dim != text.embed_dim:
+        raise ValueError(f"image and text embeddings have {image.embed_dim} and {text.embed_dim} channels: not one")
+    vision = {key: value for key, value in vision_config(image).items() if key != "architectures"}
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": image.embed_dim,
+        "vision_config": vision,
+        "text_config": text_config(text),
+    }
+
+
+def to_clip_model(image: Mapping[str, Tensor], text: Mapping[str, Tensor], log_scale: Tensor) -> dict[str, Tensor]:
+    """Return the state of both towers under `CLIPModel`'s keys, contiguous. `log_scale`: the logarithm of the factor on
+    cosines, a number."""
+    state = {LOG_SCALE: log_scale.detach().reshape(()).contiguous()}
+    for tower, tensors in (("image", image), ("text", text)):
+        for name, tensor in tensors.items():
+            ours = next(prefix for prefix in CLIP_PREFIXES[tower] if name.startswith(prefix))
+            state[CLIP_PREFIXES[tower][ours] + name.removeprefix(ours)] = tensor.detach().contiguous()
+    return state
+
+
+def from_text_model(
+    state_dict: Mapping[str, Tensor], hf_config: Mapping[str, Any]
+) -> tuple[TextConfig, dict[str, Tensor]]:
+    """Return the config and the whole state of the `TextTower` that equals a `CLIPTextModelWithProjection`, or a
+    `CLIPModel`'s text half.
+
+    Left out: `text_model.embeddings.position_ids` (a buffer that older versions saved), `vision_model.*`,
+    `visual_projection.weight` and `logit_scale`. Raises ValueError naming any other key that is unexpected or missing,
+    a shape that differs from the config's, and a config of another model.
+    """
+    config = _text_config(hf_config)
+    prefixes = {theirs: ours for ours, theirs in CLIP_PREFIXES["text"].items()}
+    state: dict[str, Tensor] = {}
+    for key, tensor in state_dict.items():
+        if key.startswith((PREFIX, "visual_projection.")) or key in (
+            LOG_SCALE,
+            TEXT_PREFIX + "embeddings.position_ids",
+        ):
+            continue
+        theirs = next((prefix for prefix in prefixes if key.startswith(prefix)), "")
+        state[prefixes.get(theirs, "") + key.removeprefix(theirs)] = tensor
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in TextTower(config).state_dict().items()}
+    _check_keys(state, expected, "text")
+    return config, state
+
+
+def _text_config(hf_config: Mapping[str, Any]) -> TextConfig:
+    """Read a `CLIPTextConfig`, or the `text_config` inside a `CLIPConfig`."""
+    model_type = hf_config.get("model_type")
+    if model_type not in ("clip", "clip_text_model"):
+        raise ValueError(f"model_type {model_type!r} in the config; 'clip' and 'clip_text_model' have a text tower")
+    values = dict(_CLIP_TEXT_DEFAULTS)
+    values.update(hf_config.get("text_config") or {} if model_type == "clip" else hf_config)
+    end_token = values["eos_token_id"]
+    return TextConfig(
+        vocab_size=values["vocab_size"],
+        context=values["max_position_embeddings"],
+        width=values["hidden_size"],
+        depth=values["num_hidden_layers"],
+        heads=values["num_attention_heads"],
+        mlp_width=values["intermediate_size"],
+        embed_dim=hf_config.get("projection_dim", values["projection_dim"]),
+        activation=values["hidden_act"],
+        end_token=values["vocab_size"] - 1 if end_token == LEGACY_END_TOKEN else end_token,
+        norm_eps=values["layer_norm_eps"],
+    )

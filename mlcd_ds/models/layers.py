@@ -136,19 +136,20 @@ class Embeddings(nn.Module):
         return torch.cat([class_B1D, registers_BRD, patches_BND], dim=1)
 
 
-def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v, [B, H, T, K]."""
+def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, is_causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v, [B, H, T, K]; causal: over the tokens up to each one."""
     if q_BHTK.device.type == "cpu" and q_BHTK.dtype.itemsize == 2:
         # torch's backward in 16 bits is several times slower there than in 32.
-        return F.scaled_dot_product_attention(q_BHTK.float(), k_BHTK.float(), v_BHTK.float()).to(q_BHTK.dtype)
-    return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK)
+        return attend(q_BHTK.float(), k_BHTK.float(), v_BHTK.float(), is_causal).to(q_BHTK.dtype)
+    return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=is_causal)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with separate query, key and value projections."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, is_causal: bool = False) -> None:
         super().__init__()
+        self.is_causal = is_causal
         self.head_dim = width // heads  # not the number of heads: under tensor parallelism a rank has only some
         self.q_proj = Linear(width, width)
         self.k_proj = Linear(width, width)
@@ -170,7 +171,7 @@ class Attention(nn.Module):
         )
         if rotation is not None:
             q_BHTK, k_BHTK = rotation.apply(q_BHTK), rotation.apply(k_BHTK)
-        mixed_BHTK = attend(q_BHTK, k_BHTK, v_BHTK)
+        mixed_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, is_causal=self.is_causal)
         return self.out_proj(mixed_BHTK.transpose(1, 2).flatten(2))
 
 
@@ -203,10 +204,19 @@ class Block(nn.Module):
 
     recompute: Recompute = "none"
 
-    def __init__(self, width: int, heads: int, mlp_width: int, activation: Activation, norm_eps: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        activation: Activation,
+        norm_eps: float,
+        *,
+        is_causal: bool = False,
+    ) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.self_attn = Attention(width, heads)
+        self.self_attn = Attention(width, heads, is_causal=is_causal)
         self.layer_norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, mlp_width, activation)
 
@@ -248,13 +258,22 @@ def _recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """A stack of blocks."""
+    """A stack of blocks; causal: no token sees a later one."""
 
     def __init__(
-        self, depth: int, width: int, heads: int, mlp_width: int, activation: Activation, norm_eps: float
+        self,
+        depth: int,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        activation: Activation,
+        norm_eps: float,
+        *,
+        is_causal: bool = False,
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(width, heads, mlp_width, activation, norm_eps) for _ in range(depth))
+        shape = (width, heads, mlp_width, activation, norm_eps)
+        self.layers = nn.ModuleList(Block(*shape, is_causal=is_causal) for _ in range(depth))
 
     @property
     def blocks(self) -> Iterable[Block]:
