@@ -39,9 +39,9 @@ RUNS = {
     "zero 3, two ranks, micro-batches": (("torchrun", 2), 3, ("train.micro_batch_per_rank=4",)),
     "recomputed branches": (("python", 1), 1, ("train.recompute=mlp",)),
 }
-# Measured over the three comparisons, relative to the largest entry: curves 3.2e-7, weights 3.5e-6 (a moment's rounding
-# over its root).
-CURVE_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 2e-5
+# Measured over the three comparisons, relative to the largest entry: curves 3.2e-7; weights (a moment's rounding over
+# its root) 3.5e-6 on a Xeon, 2.3e-5 on an EPYC.
+CURVE_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 1e-4
 # A bias on all keys alike leaves a softmax as it is: no gradient but rounding, which AdamW blows up.
 WITHOUT_GRADIENT = "k_proj.bias"
 
