@@ -45,8 +45,8 @@ class Recipe(Sections):
                 f"train.global_batch {self.train.global_batch} is not a multiple of data.num_streams "
                 f"{self.data.num_streams}: change one of them"
             )
-        kind_of(self.objective).check(self)
         _check_sections(self)
+        kind_of(self.objective).check(self)
         if self.train.knn_every and not self.data.knn_index:
             raise ValueError("train.knn_every is given, but data.knn_index is not: add data.knn_index=FOLDER")
         if (steps := self.train.profile_steps) and not 1 <= steps[0] <= steps[1]:

@@ -24,11 +24,19 @@ from mlcd_ds.engine.weights import (
     tower_checksum,
 )
 from mlcd_ds.errors import UserError
+from mlcd_ds.models.text import TextTower
 from mlcd_ds.models.towers import Towers
 from mlcd_ds.models.vit import ViT
 from mlcd_ds.objectives.registry import kind_of
 
-TOWERS: dict[str, Callable[[Recipe], nn.Module]] = {"image": lambda recipe: ViT(recipe.model)}
+
+def text_tower(recipe: Recipe) -> TextTower:
+    """The one of `text:`."""
+    assert recipe.text, "the recipe was checked"
+    return TextTower(recipe.text)
+
+
+TOWERS: dict[str, Callable[[Recipe], nn.Module]] = {"image": lambda recipe: ViT(recipe.model), "text": text_tower}
 """Each without weights: they hold NaN until `init_weights`."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

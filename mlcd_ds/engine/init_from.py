@@ -54,6 +54,10 @@ class Start:
         source = f"train.init_from {self.folder}"
         alone = "or take the backbone alone: --init-from an export of that run"
         before, model = self._recipe, recipe.model
+        if before.text and recipe.text and before.text != recipe.text:
+            key = next(key for key, value in before.text.model_dump().items() if getattr(recipe.text, key) != value)
+            values = getattr(before.text, key), getattr(recipe.text, key)
+            raise UserError(f"{source}: its text tower has {key} {values[0]}, text.{key} is {values[1]}.")
         check_shape(before.model, model, self.folder)
         if not self.is_of_kind(kind_of(recipe.objective)):
             return

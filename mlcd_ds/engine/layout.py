@@ -34,14 +34,16 @@ class Layout:
 
 def check_layout(recipe: Recipe, layout: Layout) -> None:
     """Raise UserError naming the numbers where layers or classes cannot be shared so."""
-    size, model = layout.tensor_parallel, recipe.model
+    size = layout.tensor_parallel
     if layout.num_ranks % size:
         raise UserError(f"tensor parallel size {size} does not divide the {layout.num_ranks} ranks.")
     kind_of(recipe.objective).check_layout(recipe, layout.num_ranks, size)
-    is_split = not recipe.is_frozen("image")
-    for key, value in (("heads", model.heads), ("mlp_width", model.mlp_width)) if is_split else ():
-        if value % size:
-            raise UserError(f"tensor parallel size {size} does not divide model.{key} {value}: take a size that does.")
+    for section, tower, config in (("model", "image", recipe.model), ("text", "text", recipe.text)):
+        for key in ("heads", "mlp_width") if config and not recipe.is_frozen(tower) else ():
+            if (value := getattr(config, key)) % size:
+                raise UserError(
+                    f"tensor parallel size {size} does not divide {section}.{key} {value}: take a size that does."
+                )
     if recipe.optimizer.name == "muon" and (size > 1 or layout.zero_stage == 3):
         raise UserError(
             f"optimizer.name muon needs whole matrices: ZeRO stage {layout.zero_stage} and tensor parallel size {size} "

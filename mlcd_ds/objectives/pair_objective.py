@@ -48,6 +48,13 @@ class PairObjective(Objective):
 
     @classmethod
     def check(cls, recipe: Sections) -> None:
+        if recipe.text is None:
+            raise ValueError(f"{recipe.objective.name} needs a text tower: add text: {{width: ..., depth: ..., ...}}")
+        if recipe.text.embed_dim != recipe.model.embed_dim:
+            raise ValueError(
+                f"text.embed_dim {recipe.text.embed_dim} is not model.embed_dim {recipe.model.embed_dim}: the towers "
+                "meet in one space, so change one of them"
+            )
         frozen = [name for name in cls.towers if recipe.is_frozen(name)]
         if len(frozen) == len(cls.towers):
             raise ValueError("towers.image and towers.text are both frozen, and nothing is left to train: train one")

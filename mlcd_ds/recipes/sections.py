@@ -13,6 +13,7 @@ from pydantic import Field
 from mlcd_ds.artefacts.typed import MAX_THREADS, FilePath, Frozen, free_field
 from mlcd_ds.data.loader import AugmentConfig
 from mlcd_ds.heads.partial_fc import HeadConfig
+from mlcd_ds.models.text import TextConfig
 from mlcd_ds.models.vit import ViTConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -129,6 +130,7 @@ class Sections(Frozen):
 
     description: str = free_field(min_length=1, description="what the run is, and what is to be expected of it")
     model: ViTConfig
+    text: TextConfig | None = None
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig
     head: HeadConfig = HeadConfig()

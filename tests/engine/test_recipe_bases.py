@@ -42,7 +42,8 @@ def test_what_a_recipe_says_stands_over_its_base(tmp_path: Path) -> None:
 def test_another_objective_takes_over_neither_the_base_s_nor_its_head(tmp_path: Path) -> None:
     base = load_recipe("demo")
     assert base.head.init == "centers" and base.objective.name == "mlcd"
-    recipe = load_recipe(write(tmp_path / "clip.yaml", base="demo", objective={"name": "clip"}))
+    text = {"width": 32, "depth": 1, "heads": 4, "mlp_width": 64, "embed_dim": base.model.embed_dim}
+    recipe = load_recipe(write(tmp_path / "clip.yaml", base="demo", objective={"name": "clip"}, text=text))
     assert recipe.objective.model_dump() == {
         "name": "clip",
         "temperature": 0.07,
@@ -52,6 +53,8 @@ def test_another_objective_takes_over_neither_the_base_s_nor_its_head(tmp_path: 
     assert recipe.head.init == "normal" and recipe.train == base.train
     again = load_recipe(write(tmp_path / "again.yaml", base="clip.yaml", objective={"temperature": 0.1}))
     assert again.objective.name == "clip" and again.objective.temperature == 0.1
+    pairs = load_recipe(write(tmp_path / "siglip.yaml", base="clip.yaml", objective={"name": "siglip"}))
+    assert pairs.objective.first_bias == -10.0 and pairs.text == recipe.text, "what is for both is taken over"
     same = load_recipe(write(tmp_path / "same.yaml", base="demo", objective={"name": "mlc"}))
     assert same.objective.name == "mlc" and same.objective.scale == 16.0 and same.head == base.head, "of the same kind"
     with pytest.raises(UserError, match=r"objective.scale belongs to mlcd, mlc, .* is clip"):

@@ -44,6 +44,8 @@ from mlcd_ds.recipes.sections import OptimizerConfig
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 MODEL = {"image_size": 32, "patch_size": 16, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64, "embed_dim": 16}
+TEXT = {"width": 32, "depth": 1, "heads": 4, "mlp_width": 64, "embed_dim": 16}
+CLIP = {"objective": {"name": "clip"}, "text": TEXT}
 
 
 def content(**sections: dict[str, Any]) -> dict[str, Any]:
@@ -259,8 +261,15 @@ def test_dump_and_load_round_trip(tmp_path: Path) -> None:
         ({"objective": {"name": "clip", "margin": 0.1}}, "objective.margin belongs to mlcd, mlc, .*; this .* is clip"),
         ({"objective": {"name": "clip", "temprature": 0.1}}, "objective.temprature: .*Did you mean temperature"),
         ({"towers": {"image": "frozen"}}, "towers.image belongs to clip, siglip; this recipe's objective is mlcd"),
-        ({"objective": {"name": "clip"}, "towers": {"image": "frozen"}}, "towers.image is frozen, .*--init-from"),
-        ({"objective": {"name": "clip"}, "towers": {"image": "frozen", "text": "frozen"}}, "nothing is left to train"),
+        ({"objective": {"name": "clip"}}, "clip needs a text tower: add text"),
+        ({"text": TEXT}, "text.* belongs to clip, siglip; this recipe's objective is mlcd"),
+        (
+            {"objective": {"name": "clip"}, "text": {**TEXT, "embed_dim": 8}},
+            "text.embed_dim 8 is not model.embed_dim 16",
+        ),
+        ({**CLIP, "towers": {"image": "frozen"}}, "towers.image is frozen, .*--init-from"),
+        ({**CLIP, "towers": {"image": "frozen", "text": "frozen"}}, "nothing is left to train"),
+        ({**CLIP, "text": {**TEXT, "hads": 2}}, "text.hads: .*Did you mean heads"),
         ({"objective": {"name": "clip", "temperature": 2}}, "objective.temperature: .*less than or equal to 1"),
         (
             {"objective": {"name": "siglip"}, "head": {"sample_rate": 0.5}},

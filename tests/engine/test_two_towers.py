@@ -1,4 +1,4 @@
-"""CLIP, SigLIP and LiT in the whole trainer, with a stand-in for the text tower: any layout trains as one process."""
+"""CLIP, SigLIP and LiT in the whole trainer, with labels for words: any layout trains as one process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 import trainers
 from distributed_harness import TinyData, assert_close, assert_differs, run_ranks
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from training_runs import tiny_recipe
 
 from mlcd_ds.artefacts.files import record_of, write_json
@@ -24,7 +23,7 @@ from mlcd_ds.config import dump_recipe, parse_recipe
 from mlcd_ds.data.fields import Labels
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.engine import build_towers, training_data
+from mlcd_ds.engine import training_data
 from mlcd_ds.engine.engine_config import resolve_ds_config
 from mlcd_ds.engine.gradients import GradientFactors
 from mlcd_ds.engine.layout import Layout, plan_batches
@@ -32,7 +31,6 @@ from mlcd_ds.engine.tensor_parallel import gather_full
 from mlcd_ds.engine.trainer import Trainer
 from mlcd_ds.engine.weights import load_backbone, newest_checkpoint, read_checkpoint
 from mlcd_ds.errors import UserError
-from mlcd_ds.models.layers import Encoder, Linear, normal_init
 from mlcd_ds.models.noise import TrainingNoise
 from mlcd_ds.objectives.base import Given
 
@@ -50,27 +48,6 @@ BF16_TOLERANCE = 5e-2  # of losses, against fp32
 CURVE_TOLERANCE, WEIGHT_TOLERANCE = 3e-6, 1e-4
 
 
-class StandIn(nn.Module):
-    """A small text tower."""
-
-    def __init__(self, width: int, embed_dim: int) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(depth=1)
-        self.token_embedding = nn.Embedding(NUM_TOKENS, width)
-        self.encoder = Encoder(1, width, 4, 2 * width, "gelu", 1e-5)
-        self.projection = Linear(width, embed_dim, bias=False)
-
-    def init_weights(self, generator: torch.Generator) -> None:
-        normal_init(self.token_embedding.weight, 1.0, generator)
-        self.encoder.init_weights(generator)
-        self.projection.init_weights(0.2, generator)
-
-    def set_recompute(self, recompute: Any) -> None: ...
-
-    def forward(self, tokens_BL: Tensor) -> Tensor:
-        return self.projection(self.encoder(self.token_embedding(tokens_BL)).mean(dim=1))
-
-
 class Tokens:
     """An image's labels, taken for the words of its caption."""
 
@@ -81,10 +58,9 @@ class Tokens:
         return self.labels.read(shards_B, rows_B)
 
 
-def use_stand_ins(data: TinyData) -> None:
+def use_labels_as_tokens(data: TinyData) -> None:
     """In a process of its own."""
     training_data.FIELDS["tokens"] = lambda recipe, index: Tokens(Labels(LabelStore(data.labels, index)))
-    build_towers.TOWERS["text"] = lambda recipe: StandIn(32, recipe.model.embed_dim)
 
 
 def make_trainer(
@@ -99,6 +75,8 @@ def make_trainer(
     content["model"]["heads"] = content["data"]["num_streams"] = 4
     content["train"] |= {"micro_batch_per_rank": 24 // layout.data_parallel // micro_batches, "out": str(out)}
     content["model"] |= model
+    content["text"] = dict(vocab_size=NUM_TOKENS, context=4, width=32, depth=1, heads=4, mlp_width=64, end_token=0)
+    content["text"]["embed_dim"] = content["model"]["embed_dim"]
     recipe = parse_recipe(content, "test")
     ds_config = resolve_ds_config({}, Path("none"), recipe, layout, plan_batches(recipe, layout, group.rank))
     opened = training_data.open_training_data(recipe)
@@ -138,7 +116,7 @@ Found = dict[tuple[str, int, int], tuple[Tensor, dict[str, Tensor]]]
 def train_all(group: Group, data: TinyData, folder: Path, tensor_parallel: int) -> Found:
     """The cases of so many ranks."""
     os.environ.update(RANK=str(group.rank), WORLD_SIZE=str(group.size), LOCAL_RANK=str(group.rank))
-    use_stand_ins(data)
+    use_labels_as_tokens(data)
     found: dict[Any, Any] = {}
     train_mlcd(data, folder / "mlcd", group)
     for name, stage, micro_batches in CASES[group.size]:
@@ -153,7 +131,7 @@ def train_all(group: Group, data: TinyData, folder: Path, tensor_parallel: int) 
 def resume_all(group: Group, data: TinyData, folder: Path) -> dict[str, Any]:
     """Saved after two steps under one ZeRO stage, gone on from under each: [expected, resumed]; and the files."""
     os.environ.update(RANK=str(group.rank), WORLD_SIZE=str(group.size), LOCAL_RANK=str(group.rank))
-    use_stand_ins(data)
+    use_labels_as_tokens(data)
     found: dict[str, Any] = {}
     for stage in (1, 3):
         trainer = make_trainer(data, folder / str(stage), Layout(group.size, 1, stage), group, "clip", 3)
@@ -173,7 +151,7 @@ def resume_all(group: Group, data: TinyData, folder: Path) -> dict[str, Any]:
 def twins(group: Group, data: TinyData, folder: Path) -> dict[str, Tensor]:
     """Known-bad: three micro-batches by the factors of one; the scale's gradient for each of them; other noise."""
     os.environ.update(RANK=str(group.rank), WORLD_SIZE=str(group.size), LOCAL_RANK=str(group.rank))
-    use_stand_ins(data)
+    use_labels_as_tokens(data)
     curves = {}
     shares, forward = Given.shares, Trainer._forward
 
@@ -252,7 +230,7 @@ def test_a_run_goes_on_bit_for_bit_and_from_another_stage(tiny_data: TinyData, t
 def lit(group: Group, data: TinyData, folder: Path) -> dict[str, Any]:
     """LiT on a trained image tower: what is in the engine and in a checkpoint; resumed; and what is refused."""
     os.environ.update(RANK=str(group.rank), WORLD_SIZE=str(group.size), LOCAL_RANK=str(group.rank))
-    use_stand_ins(data)
+    use_labels_as_tokens(data)
     train_mlcd(data, folder / "mlcd", group)
     source = newest_checkpoint(folder / "mlcd")
     layout = Layout(group.size, 1, 1)
