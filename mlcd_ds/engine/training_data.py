@@ -37,6 +37,11 @@ def open_training_data(recipe: Recipe) -> TrainingData:
         raise UserError(f"data.{key} is not given: add data.{key}=FOLDER, made by `mlcd {STAGES[key]}`.")
     assert recipe.data.index
     index, kind = ShardIndex(recipe.data.index), kind_of(recipe.objective)
+    if unread := [name for name in kind.fields if name not in FIELDS]:
+        raise UserError(
+            f"objective.name {recipe.objective.name} needs {', '.join(unread)} of each sample, which nothing reads "
+            "from shards yet: take an objective over class centres, such as mlcd."
+        )
     data = TrainingData(index, {name: FIELDS[name](recipe, index) for name in kind.fields})
     kind.check_data(recipe, data)
     return data

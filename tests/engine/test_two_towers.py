@@ -63,6 +63,13 @@ def use_labels_as_tokens(data: TinyData) -> None:
     training_data.FIELDS["tokens"] = lambda recipe, index: Tokens(Labels(LabelStore(data.labels, index)))
 
 
+def test_an_objective_whose_field_nobody_reads_is_refused(tiny_data: TinyData) -> None:
+    content = tiny_recipe(tiny_data.index, tiny_data.labels) | {"objective": {"name": "clip"}, "head": {}}
+    content["text"] = {"width": 32, "depth": 1, "heads": 4, "mlp_width": 64, "embed_dim": content["model"]["embed_dim"]}
+    with pytest.raises(UserError, match=r"objective\.name clip needs tokens"):
+        training_data.open_training_data(parse_recipe(content, "test"))
+
+
 def make_trainer(
     data: TinyData, out: Path, layout: Layout, group: Group, name: str, micro_batches: int, **model: int
 ) -> Trainer:
