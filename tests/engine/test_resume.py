@@ -217,6 +217,16 @@ def test_a_checkpoint_of_an_earlier_version_is_told(bench: Bench, copy: str) -> 
     assert str(newest) in message and "saved by an earlier version" in message and "Remove" not in message
 
 
+def test_a_checkpoint_of_other_labels_is_told(bench: Bench, copy: str) -> None:
+    newest = checkpoints(bench.folder / copy)[-1]
+    content = json.loads((newest / "checkpoint.json").read_text())
+    del content["seal"]
+    content["inputs"]["labels"] = "0" * 64
+    (newest / "checkpoint.json").write_text(json.dumps(content))
+    message = one_message(bench.start(copy, "train.steps=100000"))
+    assert f"{newest} was trained on other labels than data.labels names now" in message
+
+
 def test_a_changed_key_is_named(bench: Bench, copy: str) -> None:
     message = one_message(bench.start(copy, "train.steps=100000", "optimizer.lr=2e-3"))
     assert "another optimizer.lr: choose another train.out" in message
