@@ -1,6 +1,7 @@
 """First centres: random rows, greedy k-means++, or two levels. The same on any number of ranks, up to rounding.
 
-C centres, N rows of a sample, K chosen rows or projected width, F = K + 1, T candidates, B rows of a block, E width.
+C centres, N rows of a sample, K chosen rows or projected width, F = K + 1, D draws of T candidates, B rows of a block,
+E width.
 """
 
 from __future__ import annotations
@@ -112,15 +113,16 @@ def draw_far_apart(points_NK: Tensor, num_centers: int, generator: np.random.Gen
     that does so beside it, up to PLUS_PICKS of a draw. The first comes from a draw of its own.
     """
     num_candidates = PLUS_CANDIDATES * (2 + int(np.log(num_centers)))
+    num_draws = 1 + -(-(num_centers - 1) // PLUS_PICKS)
+    draws_DT = torch.from_numpy(generator.random((num_draws, num_candidates))).to(points_NK.device)
     squares_N = points_NK.square().sum(dim=1)
     # [x, 1] . [2 c, -|c|^2] = |x|^2 - |x - c|^2
     rows_FN = torch.cat([points_NK, torch.ones_like(squares_N)[:, None]], dim=1).T.contiguous()
     factors_NF = torch.cat([2 * points_NK, -squares_N[:, None]], dim=1)
     nearest_N = (4 * squares_N.max()).expand(len(squares_N))  # squared distance from the nearest so far; none is larger
     chosen: list[Tensor] = []
-    while len(chosen) < num_centers:
+    for draws_T in draws_DT:
         ends_N = nearest_N.double().cumsum(0)
-        draws_T = torch.from_numpy(generator.random(num_candidates)).to(ends_N.device)
         places_T = torch.searchsorted(ends_N, draws_T * ends_N[-1], right=True).clamp_max(len(squares_N) - 1)
         lead_TN = torch.addmm(nearest_N - squares_N, factors_NF[places_T], rows_FN)  # by which a candidate is nearer
         for _ in range(min(PLUS_PICKS if chosen else 1, num_centers - len(chosen))):

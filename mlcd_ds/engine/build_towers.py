@@ -6,7 +6,7 @@ for it, and cuts it neither by ZeRO nor by tensor parallelism.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from mlcd_ds.engine.weights import (
 )
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.text import TextTower
+from mlcd_ds.models.tower import Tower
 from mlcd_ds.models.towers import Towers
 from mlcd_ds.models.vit import ViT
 from mlcd_ds.objectives.registry import kind_of
@@ -36,7 +37,7 @@ def text_tower(recipe: Recipe) -> TextTower:
     return TextTower(recipe.text)
 
 
-TOWERS: dict[str, Callable[[Recipe], nn.Module]] = {"image": lambda recipe: ViT(recipe.model), "text": text_tower}
+TOWERS: dict[str, Callable[[Recipe], Tower]] = {"image": lambda recipe: ViT(recipe.model), "text": text_tower}
 """Each without weights: they hold NaN until `init_weights`."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,7 +47,7 @@ class BuiltTowers:
     """What the engine gets, the frozen towers with what checkpoints say of them, and what was done, in words."""
 
     trained: Towers
-    frozen: dict[str, nn.Module]
+    frozen: Mapping[str, nn.Module]
     records: dict[str, FrozenTower]
     notes: list[str]
 
@@ -60,7 +61,7 @@ def build_towers(recipe: Recipe, start: Start | None, group: Group) -> BuiltTowe
     towers = {name: TOWERS[name](recipe) for name in kind.towers}
     generator = torch.Generator().manual_seed(recipe.train.seed)
     for tower in towers.values():
-        tower.init_weights(generator)  # type: ignore[operator]  # of a module, as `Towers` describes it
+        tower.init_weights(generator)
     notes = {name: _fill(name, tower, start) if start else [] for name, tower in towers.items()}
     module = kind.engine_module(recipe)
     if module is not None and start and start.is_of_kind(kind):
@@ -89,7 +90,7 @@ def _record(name: str, tower: nn.Module, start: Start, notes: list[str]) -> Froz
     return FrozenTower(source=str(start.folder.resolve()), sha256=tower_checksum(tower))
 
 
-def _restored(recipe: Recipe, frozen: dict[str, nn.Module], group: Group) -> dict[str, FrozenTower]:
+def _restored(recipe: Recipe, frozen: Mapping[str, nn.Module], group: Group) -> dict[str, FrozenTower]:
     """Fill the frozen towers of a run that goes on from its own newest checkpoint, which names them."""
     if not frozen:
         return {}

@@ -9,7 +9,8 @@ from mlcd_ds.engine.activations import Activations
 from mlcd_ds.engine.layout import Layout
 from mlcd_ds.engine.precision import is_autocast
 from mlcd_ds.models.layers import Recompute
-from mlcd_ds.models.vit import ViT, ViTConfig, num_parameters
+from mlcd_ds.models.tower import num_parameters
+from mlcd_ds.models.vit import ViT, ViTConfig
 
 DECODED_PIXELS = 1_000_000  # of an image as it is stored: assumed
 BATCHES_IN_FLIGHT = 2  # one that is decoded beside the one that is trained on

@@ -66,6 +66,29 @@ MLCD_TYPES = ("mlcd", "mlcd_vision_model")
 _IGNORED_KEYS = frozenset({"logit_scale", "text_projection.weight", "visual_projection.weight"})
 
 
+# What both towers' configs share: our name, and Hugging Face's.
+_SHAPE = {
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "embed_dim": "projection_dim",
+    "activation": "hidden_act",
+    "norm_eps": "layer_norm_eps",
+}
+
+
+def _hf_shape(config: ViTConfig | TextConfig) -> dict[str, Any]:
+    """The part of a Hugging Face config that both towers have, and no dropout."""
+    return {theirs: getattr(config, ours) for ours, theirs in _SHAPE.items()} | {"attention_dropout": 0.0}
+
+
+def _shape(hf_config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same part read back; a whole CLIP model's config has the projection's width at its top."""
+    found = {ours: values[theirs] for ours, theirs in _SHAPE.items()}
+    return found | {"embed_dim": hf_config.get("projection_dim", found["embed_dim"])}
+
+
 def vision_config(config: ViTConfig) -> dict[str, Any]:
     """Return the contents of a `config.json` with which transformers builds this model: `CLIPVisionModel` where
     positions are learned, `MLCDVisionModel` where they are rotary (transformers 4.52 and later)."""
@@ -80,14 +103,7 @@ def vision_config(config: ViTConfig) -> dict[str, Any]:
         "image_size": config.image_size,
         "patch_size": config.patch_size,
         "num_channels": 3,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.mlp_width,
-        "projection_dim": config.embed_dim,
-        "hidden_act": config.activation,
-        "layer_norm_eps": config.norm_eps,
-        "attention_dropout": 0.0,
+        **_hf_shape(config),
     }
 
 
@@ -149,14 +165,8 @@ def _vit_config(hf_config: Mapping[str, Any]) -> ViTConfig:
     return ViTConfig(
         image_size=values["image_size"],
         patch_size=values["patch_size"],
-        width=values["hidden_size"],
-        depth=values["num_hidden_layers"],
-        heads=values["num_attention_heads"],
-        mlp_width=values["intermediate_size"],
-        embed_dim=hf_config.get("projection_dim", values["projection_dim"]),
-        activation=values["hidden_act"],
         positions="rope2d" if is_rotary else "learned",
-        norm_eps=values["layer_norm_eps"],
+        **_shape(hf_config, values),
     )
 
 
@@ -189,15 +199,8 @@ def text_config(config: TextConfig) -> dict[str, Any]:
         "model_type": "clip_text_model",
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.mlp_width,
-        "projection_dim": config.embed_dim,
-        "hidden_act": config.activation,
-        "layer_norm_eps": config.norm_eps,
         "eos_token_id": config.end_token,
-        "attention_dropout": 0.0,
+        **_hf_shape(config),
     }
 
 
@@ -269,12 +272,6 @@ def _text_config(hf_config: Mapping[str, Any]) -> TextConfig:
     return TextConfig(
         vocab_size=values["vocab_size"],
         context=values["max_position_embeddings"],
-        width=values["hidden_size"],
-        depth=values["num_hidden_layers"],
-        heads=values["num_attention_heads"],
-        mlp_width=values["intermediate_size"],
-        embed_dim=hf_config.get("projection_dim", values["projection_dim"]),
-        activation=values["hidden_act"],
         end_token=values["vocab_size"] - 1 if end_token == LEGACY_END_TOKEN else end_token,
-        norm_eps=values["layer_norm_eps"],
+        **_shape(hf_config, values),
     )

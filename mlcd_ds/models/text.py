@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mlcd_ds.artefacts.typed import Frozen
-from mlcd_ds.models.layers import Activation, Encoder, Linear, Recompute, fill_nan, normal_init
-from mlcd_ds.models.vit import nan_parameters
+from mlcd_ds.models.layers import Activation, Encoder, Linear, fill_nan, normal_init
+from mlcd_ds.models.tower import Tower
 
 TOKEN_STD, POSITION_STD = 0.02, 0.01  # of OpenAI's CLIP
 
@@ -65,11 +65,10 @@ class TextEmbeddings(nn.Module):
         return self.token_embedding(tokens_BL) + self.position_embedding(places_L)
 
 
-class TextTower(nn.Module):
+class TextTower(Tower):
     """Causal transformer over tokens, and a linear projection of the end token.
 
-    No token sees a later one, so what stands behind the end token changes nothing. Parameters hold NaN until
-    `init_weights` or `load_state_dict`.
+    No token sees a later one, so what stands behind the end token changes nothing.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -89,22 +88,11 @@ class TextTower(nn.Module):
         self.projection = Linear(config.width, config.embed_dim, bias=False)
         fill_nan(self)
 
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Set every parameter by OpenAI CLIP's scheme, with random numbers from the generator only."""
-        if any(parameter.is_meta for parameter in self.parameters()):
-            raise ValueError("init_weights on meta tensors: call model.to_empty(device=...) first")
-        fill_nan(self)
+    def _init_parts(self, generator: torch.Generator) -> None:
         self.embeddings.init_weights(generator)
         self.encoder.init_weights(generator)
         self.final_layer_norm.reset_parameters()
         self.projection.init_weights(self.config.width**-0.5, generator)
-        forgotten = nan_parameters(self)
-        assert not forgotten, f"init_weights did not set {forgotten}"
-
-    def set_recompute(self, recompute: Recompute) -> None:
-        """Choose what the blocks compute again in the backward pass; values and gradients stay as they are."""
-        for block in self.encoder.blocks:
-            block.recompute = recompute
 
     def forward_features(self, tokens_BL: Tensor) -> Tensor:
         """The features of each text, [B, D]: the first end token after the last norm, before the projection.

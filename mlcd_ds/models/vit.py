@@ -11,9 +11,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mlcd_ds.artefacts.typed import Frozen
-from mlcd_ds.models.layers import Activation, Embeddings, Encoder, Linear, Recompute, fill_nan, normal_init
+from mlcd_ds.models.layers import Activation, Embeddings, Encoder, Linear, fill_nan, normal_init
 from mlcd_ds.models.noise import TrainingNoise, num_kept
 from mlcd_ds.models.rope import AxialRotary
+from mlcd_ds.models.tower import Tower
 
 
 class ViTConfig(Frozen):
@@ -77,12 +78,8 @@ class ViTConfig(Frozen):
         return self.width // self.heads
 
 
-class ViT(nn.Module):
-    """Vision transformer with a linear projection to the embedding that the loss sees.
-
-    Parameters hold NaN until `init_weights` or `load_state_dict`. To build without memory:
-    `with torch.device("meta"): model = ViT(config)`, then `model.to_empty(device=...)` and `model.init_weights(...)`.
-    """
+class ViT(Tower):
+    """Vision transformer with a linear projection to the embedding that the loss sees."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -104,14 +101,7 @@ class ViT(nn.Module):
         self.projection = Linear(config.width, config.embed_dim, bias=False)
         fill_nan(self)
 
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Set every parameter by OpenAI CLIP's scheme, with random numbers from the generator only.
-
-        The same generator state gives the same weights on every device. Raises ValueError on meta tensors.
-        """
-        if any(parameter.is_meta for parameter in self.parameters()):
-            raise ValueError("init_weights on meta tensors: call model.to_empty(device=...) first")
-        fill_nan(self)  # again, as to_empty leaves whatever the memory held
+    def _init_parts(self, generator: torch.Generator) -> None:
         self.embeddings.init_weights(generator)
         if self.rotary is not None:
             normal_init(self.rotary.class_pos_emb, 1.0, generator)  # as in MLCD: not published otherwise
@@ -119,13 +109,6 @@ class ViT(nn.Module):
         self.encoder.init_weights(generator)
         self.post_layernorm.reset_parameters()
         self.projection.init_weights(self.config.width**-0.5, generator)
-        forgotten = nan_parameters(self)
-        assert not forgotten, f"init_weights did not set {forgotten}"
-
-    def set_recompute(self, recompute: Recompute) -> None:
-        """Choose what the blocks compute again in the backward pass; values and gradients stay as they are."""
-        for block in self.encoder.blocks:
-            block.recompute = recompute
 
     def forward_tokens(self, images_BCHW: Tensor, noise: TrainingNoise | None = None) -> Tensor:
         """Return the tokens after the last block, before `post_layernorm`: [B, T, D], the class token first.
@@ -156,16 +139,6 @@ class ViT(nn.Module):
         """
         features_BD = self.forward_features(images_BCHW, noise)
         return self.projection(features_BD) if is_projected else features_BD
-
-
-def nan_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters with a NaN in them: never initialised, or diverged."""
-    return [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Number of parameters (scalars); a shared one counts once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def flops_per_image(config: ViTConfig, image_size: int | None = None, token_drop: float = 0.0) -> int:

@@ -32,7 +32,8 @@ from mlcd_ds.engine.run_time import StepTime, step_time, traffic
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.layers import Recompute
 from mlcd_ds.models.noise import num_kept
-from mlcd_ds.models.vit import ViT, flops_per_image, num_parameters
+from mlcd_ds.models.tower import num_parameters
+from mlcd_ds.models.vit import ViT, flops_per_image
 from mlcd_ds.objectives.base import Need, PlannedRun
 from mlcd_ds.objectives.registry import kind_of
 from mlcd_ds.stages import runner

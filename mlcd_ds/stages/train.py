@@ -29,7 +29,8 @@ from mlcd_ds.engine.run_folder import claim_folder, write_train_manifest
 from mlcd_ds.engine.trainer import Trainer
 from mlcd_ds.engine.training_data import missing_keys, open_data
 from mlcd_ds.kernels.device import check_bf16
-from mlcd_ds.models.vit import ViT, flops_per_image, num_parameters
+from mlcd_ds.models.tower import num_parameters
+from mlcd_ds.models.vit import ViT, flops_per_image
 from mlcd_ds.objectives.registry import kind_of
 from mlcd_ds.stages import runner
 

@@ -16,7 +16,14 @@ import mlcd_ds.clustering.first_centers as first_centers_module
 from mlcd_ds.clustering.assigner import Metric
 from mlcd_ds.clustering.blockwise import BlockwiseAssigner
 from mlcd_ds.clustering.embedding_store import EmbeddingStore
-from mlcd_ds.clustering.first_centers import WithinCells, first_centers, shares
+from mlcd_ds.clustering.first_centers import (
+    PLUS_CANDIDATES,
+    PLUS_PICKS,
+    WithinCells,
+    draw_far_apart,
+    first_centers,
+    shares,
+)
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.errors import UserError
 
@@ -78,6 +85,34 @@ def test_plus_plus_is_as_good_as_that_of_scikit_learn(tmp_path: Path, lone_group
         for name in ("kmeans++", "random")
     )
     assert plus < 0.99 * wanted < 0.8 * random  # measured: 0.97 of theirs, which is 0.69 of random
+
+
+def greedy(points_NK: np.ndarray, num_centers: int, seed: int, *, is_updated: bool = True) -> list[int]:
+    """Greedy k-means++ by distances in float64; `is_updated`: the picks of a draw know of each other."""
+    generator, num_candidates = np.random.default_rng(seed), PLUS_CANDIDATES * (2 + int(np.log(num_centers)))
+    distances_NN = np.square(points_NK[:, None] - points_NK).sum(axis=2)
+    nearest_N, chosen = np.ones(len(points_NK)), []
+    while len(chosen) < num_centers:
+        ends_N = nearest_N.cumsum()
+        candidates_T = np.searchsorted(ends_N, generator.random(num_candidates) * ends_N[-1], side="right")
+        if not chosen:
+            nearest_N = np.full(len(points_NK), np.inf)
+        known_N = nearest_N
+        for _ in range(min(PLUS_PICKS if chosen else 1, num_centers - len(chosen))):
+            sums_T = np.minimum(distances_NN[candidates_T], known_N).sum(axis=1)
+            chosen.append(int(candidates_T[sums_T.argmin()]))
+            nearest_N = np.minimum(nearest_N, distances_NN[chosen[-1]])
+            known_N = nearest_N if is_updated else known_N
+    return chosen
+
+
+@pytest.mark.parametrize("num_centers", [1, 2, 12, 14])
+def test_plus_plus_picks_what_distances_say(num_centers: int) -> None:
+    """Also where the last draw has fewer picks. Known-bad twin: picks of a draw that do not know of each other."""
+    points_NK = np.random.default_rng(1).standard_normal((211, 5))
+    got = draw_far_apart(torch.from_numpy(points_NK), num_centers, np.random.default_rng(0)).tolist()
+    assert got == greedy(points_NK, num_centers, 0) and len(got) == num_centers
+    assert num_centers < 3 or got != greedy(points_NK, num_centers, 0, is_updated=False)
 
 
 @pytest.mark.parametrize("name", ["random", "kmeans++"])

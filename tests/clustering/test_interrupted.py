@@ -124,6 +124,24 @@ def test_asked_to_stop_it_saves_and_says_so(folder: Path, lone_group: Group) -> 
     assert_same_result(folder, "stopped")
 
 
+def test_short_iterations_are_saved_together(folder: Path, lone_group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only at the end, where the iterations take less than the interval; and when asked to stop."""
+    saved: list[int] = []
+    monkeypatch.setattr(cluster_stage, "save_state", lambda path, key, now: saved.append(len(now.history)))
+    for interval, wanted in ((0.0, [*range(1, NUM_ITERATIONS + 1)]), (1e6, [NUM_ITERATIONS])):
+        monkeypatch.setattr(cluster_stage, "SAVE_EVERY_S", interval)
+        saved.clear()
+        with StopRequest() as stop:
+            context = Context(lone_group, torch.device("cpu"))
+            assert cluster(options_of(folder, f"every{interval}"), context, stop) == 0
+        assert saved == wanted
+    saved.clear()
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert cluster(options_of(folder, "asked"), Context(lone_group, torch.device("cpu")), stop) == EXIT_REQUEUE
+    assert saved == [1]
+
+
 def key_of(options: Options) -> str:
     inputs = CenterStore(options.out.parent / "peace").manifest.inputs
     return state_key(options, inputs, 2)

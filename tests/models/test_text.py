@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlcd_ds.models import layers
 from mlcd_ds.models.convert import clip_config, from_text_model, from_vision_model, text_config, to_clip_model
 from mlcd_ds.models.text import TextConfig, TextTower, flops_per_text
-from mlcd_ds.models.vit import ViT, ViTConfig, num_parameters
+from mlcd_ds.models.tower import num_parameters
+from mlcd_ds.models.vit import ViT, ViTConfig
 
 END = 90
 CONFIG = TextConfig(vocab_size=97, context=13, width=48, depth=3, heads=4, mlp_width=112, embed_dim=24, end_token=END)

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlcd_ds.models.layers import PatchEmbedding, attend
 from mlcd_ds.models.noise import TrainingNoise
 from mlcd_ds.models.positions import resize_positions
-from mlcd_ds.models.vit import ViT, ViTConfig, flops_per_image, nan_parameters, num_parameters
+from mlcd_ds.models.tower import nan_parameters, num_parameters
+from mlcd_ds.models.vit import ViT, ViTConfig, flops_per_image
 
 TINY = dict(image_size=32, patch_size=8, width=48, depth=2, heads=4, mlp_width=96, embed_dim=24)
 

@@ -15,7 +15,8 @@ from mlcd_ds.engine.hardware import GPUS
 from mlcd_ds.engine.layout import Layout
 from mlcd_ds.engine.run_memory import decoding_memory, training_memory
 from mlcd_ds.engine.run_time import Traffic, step_time, traffic
-from mlcd_ds.models.vit import ViT, ViTConfig, num_parameters
+from mlcd_ds.models.tower import num_parameters
+from mlcd_ds.models.vit import ViT, ViTConfig
 from mlcd_ds.stages import plan
 
 CONFIG = ViTConfig(image_size=32, patch_size=8, width=32, depth=5, heads=2, mlp_width=128, embed_dim=16)
