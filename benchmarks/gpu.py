@@ -23,6 +23,8 @@ same GPU in the same run, `of_sheet` over the vendor's dense bf16 figure.
   demo          the whole pipeline of `make demo`; then its training goes on from the last checkpoint but one
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
