@@ -46,6 +46,28 @@ class TextEncoder:
         return weights_digest(self.name, self.network)
 
 
+@dataclass(frozen=True)
+class PairEncoder:
+    """The two towers of one model: images and texts become embeddings in one space, [B, E], not normalised."""
+
+    image: Encoder
+    text: TextEncoder
+
+    @property
+    def name(self) -> str:
+        return self.image.name
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the fingerprints of both towers."""
+        return hashlib.sha256((self.image.fingerprint() + self.text.fingerprint()).encode()).hexdigest()
+
+    def to(self, device: torch.device) -> PairEncoder:
+        """Move both networks and freeze them."""
+        self.image.to(device)
+        self.text.network.to(device).eval().requires_grad_(False)
+        return self
+
+
 def weights_digest(name: str, network: nn.Module) -> str:
     """SHA-256 over a name, and names and values of all weights."""
     digest = hashlib.sha256(name.encode())

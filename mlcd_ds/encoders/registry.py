@@ -17,9 +17,9 @@ import re
 from pathlib import Path
 
 from mlcd_ds.artefacts.manifest import check_outputs
-from mlcd_ds.encoders.base import Encoder
+from mlcd_ds.encoders.base import Encoder, PairEncoder
 from mlcd_ds.encoders.efficientnet import efficientnet_lite0
-from mlcd_ds.encoders.huggingface import hugging_face
+from mlcd_ds.encoders.huggingface import hugging_face, load_text_encoder
 from mlcd_ds.encoders.own_runs import training_run, untrained
 from mlcd_ds.encoders.raw_pixels import raw_pixels
 from mlcd_ds.engine.weights import Weights
@@ -53,6 +53,16 @@ def load_encoder(specification: str) -> Encoder:
         f"encoder {specification[:200]!r} is neither a folder with config.json (Hugging Face) or config.yaml (a run of "
         "ours) nor one of pixels, efficientnet-lite0, recipe:NAME."
     )
+
+
+def load_pair_encoder(specification: str) -> PairEncoder:
+    """Image and text tower of a model that has both: a Hugging Face folder of a whole CLIP model with its tokenizer.
+
+    Raises UserError that says what is missing.
+    """
+    folder = Path(specification)
+    check_outputs(folder)  # of `mlcd export`, perhaps
+    return PairEncoder(hugging_face(folder, None), load_text_encoder(folder))
 
 
 def _name_and_size(specification: str) -> tuple[str, int | None]:
