@@ -337,7 +337,7 @@ def test_bad_overrides_are_quoted(override: str) -> None:
 
 def test_recipe_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
-    with pytest.raises(UserError, match=r"no such file, and not one of demo"):
+    with pytest.raises(UserError, match=r"no such file, and not one of clip_vit_b_32, demo"):
         load_recipe("nosuch")
     for text, message in [("a: [", "cannot be read"), ("- 1", "must hold a mapping"), ("", "must hold a mapping")]:
         path.write_text(text)
