@@ -45,8 +45,8 @@ def read_templates(given: str) -> list[str]:
         rest = template.replace(PLACEHOLDER, "")
         if rest == template or re.search("[{}]", rest):
             raise UserError(
-                f"--templates {path}: template {number}, {template[:80]!r}, must have {{}} (or {{c}}) where the name goes, "
-                "and no other braces."
+                f"--templates {path}: template {number}, {template[:80]!r}, must have {{}} (or {{c}}) where the name "
+                "goes, and no other braces."
             )
     return templates
 

@@ -1,9 +1,9 @@
 """Retrieval among images and their captions, both ways: is a right one among the first k?
 
 Query q retrieves the gallery in the order of <unit(q), unit(g)>; equal similarities stand in the gallery's order. The
-place of a query is the number of gallery items before the first that belongs to it, and recall at k the share of queries
-whose place is below k. A caption belongs to its one image, an image to all of its captions: any of them is a hit. Places
-are counted in strips of queries; no matrix of all pairs is held.
+place of a query is the number of gallery items before the first that belongs to it, and recall at k the share of
+queries whose place is below k. A caption belongs to its one image, an image to all of its captions: any of them is a
+hit. Places are counted in strips of queries; no matrix of all pairs is held.
 
 Shapes: q queries on this rank, Q on all; G gallery; b rows of a strip; E embedding. N images, T captions.
 """
@@ -63,13 +63,15 @@ class RetrievalResult:
 def retrieval(images_NE: Tensor, texts_TE: Tensor, image_of_text_T: Tensor, ranks: Ranks = ALONE) -> RetrievalResult:
     """Retrieve both ways; all embeddings (of any length) are on every rank, the queries are dealt over `ranks`.
 
-    `image_of_text_T` has the number of each caption's image. Raises ValueError where an image has none. Collectives:
-    all-gathers of [N] and [T].
+    `image_of_text_T` has the number of each caption's image. Raises ValueError where an image has none, and for
+    embeddings that are not finite. Collectives: all-gathers of [N] and [T].
     """
     images_NE, texts_TE = F.normalize(images_NE.float(), dim=1), F.normalize(texts_TE.float(), dim=1)
     numbers_N = torch.arange(len(images_NE), device=images_NE.device)
     if not torch.equal(image_of_text_T.unique(), numbers_N):
         raise ValueError(f"captions must belong to images 0 to {len(images_NE) - 1}, each at least one")
+    if not (images_NE.isfinite().all() and texts_TE.isfinite().all()):
+        raise ValueError("embeddings of NaN or infinity")  # which would be before no other, and so a hit
     own_t, own_n = ranks.share(len(texts_TE)), ranks.share(len(images_NE))
     by_text = places(texts_TE[own_t], image_of_text_T[own_t], images_NE, numbers_N)
     by_image = places(images_NE[own_n], numbers_N[own_n], texts_TE, image_of_text_T)

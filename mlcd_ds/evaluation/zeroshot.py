@@ -1,9 +1,9 @@
 """Zero-shot classification: an image is of the class whose texts it is nearest to, as in CLIP (Radford et al. 2021).
 
-A class is the mean of its texts' unit embeddings, at unit length: w_c = unit(mean_t unit(text(template_t(c)))). An image
-x is taken for argmax_c <unit(x), w_c>. Equal similarities stand in the order of the classes, as argmax has it; a
-class's place is the number of classes before it, and it is among the top k where that is below k. So top-1 is
-argmax's answer also where similarities are equal (torch.topk promises no order there).
+A class is the mean of its texts' unit embeddings, at unit length: w_c = unit(mean_t unit(text(template_t(c)))). An
+image x is taken for argmax_c <unit(x), w_c>. Equal similarities stand in the order of the classes, as argmax has it; a
+class's place is the number of classes before it, and it is among the top k where that is below k. So top-1 is argmax's
+answer also where similarities are equal (torch.topk promises no order there).
 
 Shapes: n images on this rank, N on all; C classes, T texts of a class, E embedding.
 """
@@ -53,8 +53,8 @@ def _embed(encode_texts: EncodeTexts, names: Sequence[str], templates: Sequence[
 
 @dataclass(frozen=True, eq=False)
 class ZeroShotHits:
-    """Of each image, in fp32's arithmetic: the class it is taken for, the place of its own class, and how much nearer the
-    nearest of the other classes is than its own (negative where it is a hit)."""
+    """Of each image: the class it is taken for, the place of its own class, and how much nearer the nearest of the
+    other classes is than its own (negative where it is a hit)."""
 
     predictions_N: Tensor
     places_N: Tensor
@@ -68,10 +68,13 @@ class ZeroShotHits:
 def zeroshot_hits(images_nE: Tensor, labels_n: Tensor, classes_CE: Tensor, ranks: Ranks = ALONE) -> ZeroShotHits:
     """Compare images (embeddings of any length) with unit embeddings of classes; of all ranks' images, in rank order.
 
-    Raises ValueError for labels that are not in [0, C). Collectives: all-gathers of [N].
+    Raises ValueError for labels that are not in [0, C), and for embeddings that are not finite. Collectives:
+    all-gathers of [N].
     """
     if len(labels_n) and not 0 <= int(labels_n.min()) <= int(labels_n.max()) < len(classes_CE):
         raise ValueError(f"labels must be in [0, {len(classes_CE)}), the number of classes")
+    if not (images_nE.isfinite().all() and classes_CE.isfinite().all()):
+        raise ValueError("embeddings of NaN or infinity")  # which would be before no other, and so a hit
     images_nE = F.normalize(images_nE.float(), dim=1)
     order_C = torch.arange(len(classes_CE), device=images_nE.device)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -95,18 +98,13 @@ class ZeroShotResult:
     num_hits5: int | None
     confusion_CC: Tensor  # counts; row true, column predicted
 
-    @property
-    def recall_C(self) -> Tensor:
-        """Share of a class's images that are hits; NaN for a class without any."""
-        return per_class_accuracy(self.confusion_CC)
-
     def report(self) -> dict[str, float | int | None]:
         """Entries of report.json. `chance` is of guessing, `largest_class` of always naming the most frequent class."""
         of_class_C = self.confusion_CC.sum(1)
         return {
             "acc1": self.num_hits1 / self.num_images,
             "acc5": None if self.num_hits5 is None else self.num_hits5 / self.num_images,
-            "mean_per_class_recall": float(self.recall_C.nanmean()),
+            "mean_per_class_recall": float(per_class_accuracy(self.confusion_CC).nanmean()),
             "chance": 1 / len(of_class_C),
             "largest_class": int(of_class_C.max()) / self.num_images,
             "num_images": self.num_images,
