@@ -40,7 +40,9 @@ def thumbnail(encoded: bytes) -> str:
 
 def shown(value: Any) -> str:
     """A figure as tables show it."""
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+    return str(value)
 
 
 def table(rows: dict[str, Any]) -> str:

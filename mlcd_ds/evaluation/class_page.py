@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mlcd_ds.artefacts.html_page import data_uri, grid
+from mlcd_ds.artefacts.html_page import Section, data_uri, grid
 from mlcd_ds.evaluation.accuracy import per_class_accuracy
 
 MAX_TABLE = 30  # classes; of more the confusion is a picture
@@ -24,15 +24,23 @@ def percent(share: float) -> str:
     return "-" if share != share else f"{100 * share:.1f} %"
 
 
-def class_sections(confusion_CC: Tensor, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Best and worst classes, the most frequent confusions, and the confusion of all; row true, column taken for."""
+def class_sections(confusion_CC: Tensor, names: Sequence[str], num_times: int = 1) -> list[Section]:
+    """Best and worst classes, the most frequent confusions, and the confusion of all; row true, column taken for.
+
+    Each image was counted `num_times`.
+    """
     recall_C, of_class_C = per_class_accuracy(confusion_CC), confusion_CC.sum(1)
     order = [c for c in recall_C.argsort(descending=True, stable=True).tolist() if of_class_C[c]]
     best, worst = order[:SHOWN], order[::-1][:SHOWN]
 
     def lines(classes: Sequence[int]) -> str:
         rows = [
-            [names[c], f"{int(of_class_C[c]):,}", percent(float(recall_C[c])), _taken_for(confusion_CC[c], c, names)]
+            [
+                names[c],
+                f"{int(of_class_C[c]) // num_times:,}",
+                percent(float(recall_C[c])),
+                _taken_for(confusion_CC[c], c, names),
+            ]
             for c in classes
         ]
         return grid(rows, ["class", "images", "right", "most often taken for"])
@@ -40,7 +48,7 @@ def class_sections(confusion_CC: Tensor, names: Sequence[str]) -> list[tuple[str
     return [
         ("Best classes", lines(best)),
         ("Worst classes", lines(worst)),
-        ("Most frequent confusions", _pairs(confusion_CC, names)),
+        ("Most frequent confusions", _pairs(confusion_CC, names, num_times)),
         ("Confusion: a row is the true class, a column what it is taken for", _confusion(confusion_CC, names)),
     ]
 
@@ -52,11 +60,13 @@ def _taken_for(counts_C: Tensor, label: int, names: Sequence[str]) -> str:
     return f"{names[int(other)]} ({percent(float(count) / float(counts_C.sum()))})" if count else "-"
 
 
-def _pairs(confusion_CC: Tensor, names: Sequence[str]) -> str:
+def _pairs(confusion_CC: Tensor, names: Sequence[str], num_times: int) -> str:
     wrong_CC = confusion_CC.clone().fill_diagonal_(0)
     counts, places = wrong_CC.flatten().sort(descending=True, stable=True)
     pairs = [(int(n), *divmod(int(p), len(names))) for n, p in zip(counts[:SHOWN], places[:SHOWN], strict=True) if n]
-    return grid([[names[a], names[b], f"{count:,}"] for count, a, b in pairs], ["class", "taken for", "images"])
+    return grid(
+        [[names[a], names[b], f"{count / num_times:,.4g}"] for count, a, b in pairs], ["class", "taken for", "images"]
+    )
 
 
 def _confusion(confusion_CC: Tensor, names: Sequence[str]) -> str:

@@ -106,8 +106,7 @@ def for_each_shard(
     for name, key in keys.items():
         note = read_note(folder, name, key)
         if note is None:
-            raise UserError(
-                f"{folder / '.done' / name}.json is not visible to rank {context.group.rank}: --out must be a shared folder."
-            )
+            path, rank = folder / ".done" / f"{name}.json", context.group.rank
+            raise UserError(f"{path} is not visible to rank {rank}: --out must be a shared folder.")
         notes[name] = note
     return notes

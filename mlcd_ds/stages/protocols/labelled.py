@@ -35,7 +35,8 @@ def labelled(rows: Rows, label_key: str, ranks: Ranks, device: torch.device) -> 
     """UserError where no sample has a label."""
     if not rows.count:
         raise UserError(
-            f"{rows.index.folder}: no sample has a label under {label_key!r}, or a .cls member. Name another --label-key."
+            f"{rows.index.folder}: no sample has a label under {label_key!r}, nor a .cls member. Name another "
+            "--label-key."
         )
     return Labelled(rows, rows.own("", ranks, device), rows.own("labels", ranks, device))
 

@@ -53,10 +53,10 @@ def measure(train: Labelled, test: Labelled, names: Sequence[str], seed: int, nu
 def _sections(probe: ProbeResult, test: Labelled, names: Sequence[str]) -> list[Section]:
     labels_M = torch.from_numpy(test.rows.all("labels"))
     num_right_M = (probe.predictions_SM == labels_M).sum(0)
-    sections = class_sections(probe.confusion_CC, names)
+    sections = class_sections(probe.confusion_CC, names, len(probe.splits))
     for heading, is_shown_M in (("Hits", num_right_M == len(probe.splits)), ("Misses", num_right_M == 0)):
         numbers = spread(is_shown_M)
-        pairs = [(names[labels_M[n]], names[probe.predictions_SM[0, n]]) for n in numbers]
+        pairs = [(names[int(labels_M[n])], names[int(probe.predictions_SM[0, n])]) for n in numbers]
         texts = [true if true == taken else f"{true}, taken for {taken}" for true, taken in pairs]
         sections.append((f"{heading} of all splits", captioned(test.rows.thumbnails(numbers), texts)))
     return [(f"Linear probe: {heading[0].lower()}{heading[1:]}", body) for heading, body in sections]

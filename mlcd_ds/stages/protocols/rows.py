@@ -23,7 +23,7 @@ from mlcd_ds.data.shard_index import ShardIndex, ShardReader
 from mlcd_ds.encoders.base import Encoder, TextEncoder
 from mlcd_ds.errors import UserError
 from mlcd_ds.evaluation.ranks import Ranks
-from mlcd_ds.stages.per_shard import ShardNote, for_each_shard, read_shard, work_key
+from mlcd_ds.stages.per_shard import ShardNote, ShardWork, for_each_shard, read_shard, work_key
 from mlcd_ds.stages.runner import Context
 
 UNLABELLED = -1
@@ -45,7 +45,7 @@ class Rows:
         return sum(note.summary["num_rows"] for note in self.notes.values())
 
     def read(self, kind: str, part: slice) -> np.ndarray:
-        """Rows of all shards that are in `part`; `kind` is "", "rows" or "labels". Compared with the notes' checksums."""
+        """Rows of all shards that are in `part`; `kind` is "", "rows" or "labels". The notes' checksums are compared."""
         end_of_name = f".{kind}.npy" if kind else ".npy"
         pieces, first = [], 0
         for name, note in self.notes.items():
@@ -135,7 +135,7 @@ class Computing:
         key = work_key("evaluate captions", weights, index.manifest.fingerprint)
         return self._rows(index, folder, dict.fromkeys(numbers, key), work)
 
-    def _rows(self, index: ShardIndex, folder: Path, keys: dict[str, str], work) -> Rows:
+    def _rows(self, index: ShardIndex, folder: Path, keys: dict[str, str], work: ShardWork) -> Rows:
         what = f"features {folder.name}"
         return Rows(index, folder, for_each_shard(self.context, folder, keys, work, what, self.is_redone, True))
 

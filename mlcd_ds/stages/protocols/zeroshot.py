@@ -25,8 +25,8 @@ def check(images: Rows, names: Sequence[str], classes: Path, label_key: str) -> 
     labels_N = images.all("labels")
     if not (labels_N != UNLABELLED).any():
         raise UserError(
-            f"{images.index.folder}: no sample has a label under {label_key!r}, or a .cls member: zero-shot has nothing "
-            "to compare with. Name another --label-key."
+            f"{images.index.folder}: no sample has a label under {label_key!r}, nor a .cls member. Name another "
+            "--label-key."
         )
     if labels_N.max() >= len(names):
         raise UserError(
@@ -78,7 +78,7 @@ def _sections(
     is_hit = hits.places_N.cpu()[order] == 0
     taken_N = hits.predictions_N.cpu()
     for heading, shown in (("Surest hits", order[is_hit][:SHOWN]), ("Surest misses", order[~is_hit].flip(0)[:SHOWN])):
-        pairs = [(names[true_N[n]], names[taken_N[n]]) for n in shown]
+        pairs = [(names[int(true_N[n])], names[int(taken_N[n])]) for n in shown.tolist()]
         texts = [true if true == taken else f"{true}, taken for {taken}" for true, taken in pairs]
         sections.append((heading, captioned(images.thumbnails(numbers_N[shown.numpy()].tolist()), texts)))
     return [(f"Zero-shot: {heading[0].lower()}{heading[1:]}", body) for heading, body in sections]
