@@ -45,7 +45,7 @@ class Rows:
         return sum(note.summary["num_rows"] for note in self.notes.values())
 
     def read(self, kind: str, part: slice) -> np.ndarray:
-        """Rows of all shards that are in `part`; `kind` is "", "rows" or "labels". The notes' checksums are compared."""
+        """The rows in `part` of all shards; `kind` is "", "rows" or "labels". Checksums are compared."""
         end_of_name = f".{kind}.npy" if kind else ".npy"
         pieces, first = [], 0
         for name, note in self.notes.items():
