@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlcd_ds.artefacts.html_page import Section, captioned, pictures
-from mlcd_ds.data.sample_captions import captions_of
+from mlcd_ds.data.captions import caption_lines
 from mlcd_ds.data.shard_index import ShardReader
 from mlcd_ds.evaluation.ranks import Ranks
 from mlcd_ds.evaluation.retrieval import RetrievalResult, retrieval
@@ -92,6 +92,6 @@ def _text(captions: Rows, owners_T: Tensor, number: int) -> str:
     """A caption's text, from its shard; those of an image follow each other."""
     ((shard, row),) = captions.samples([number])
     reader = ShardReader(captions.index)
-    lines = captions_of(reader.read(shard, captions.index.samples(shard).caption, row))
+    lines = caption_lines(reader.read(shard, captions.index.samples(shard).caption, row))
     reader.close()
     return lines[number - int(torch.searchsorted(owners_T, owners_T[number]))]
