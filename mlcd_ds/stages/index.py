@@ -93,7 +93,7 @@ def find_shards(patterns: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _tars_of(path: Path) -> list[Path]:
-    """The path itself; of a folder as CLIP_benchmark lays it out, the tars 0.tar, 1.tar, ... that nshards.txt counts."""
+    """The path itself; of a folder in CLIP_benchmark's layout the tars 0.tar, 1.tar, ... that nshards.txt counts."""
     if not (path / NSHARDS).is_file():
         return [path]
     fix = "It holds the number of tars beside it. Correct it, or name the tars."

@@ -55,7 +55,7 @@ def test_json_comes_before_cls(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["cat", "-1", "1.5", "9" * 5000, "1000000"])
 def test_what_is_no_class_number_is_named(tmp_path: Path, text: str) -> None:
     shard = write_tar(tmp_path / "s.tar", [("0.cls", text.encode()), ("0.jpg", encode(picture(0)))])
-    with pytest.raises(UserError, match="key 0: its .cls member is") as caught:
+    with pytest.raises(UserError, match=r"key 0: its \.cls member is") as caught:
         shard_labels(indexed(tmp_path, shard), 0, "label")
     assert len(str(caught.value)) < 500
 
@@ -88,7 +88,7 @@ def test_an_index_of_before_has_no_class_numbers(tmp_path: Path) -> None:
     (tmp_path / "index" / MANIFEST_NAME).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="2 kinds"):
         ShardIndex(tmp_path / "index").samples(0)
-    index = indexed(tmp_path / "plain", write_tar(tmp_path / "s.tar", [("0.jpg", encode(picture(0)))]))
+    indexed(tmp_path / "plain", write_tar(tmp_path / "s.tar", [("0.jpg", encode(picture(0)))]))
     assert np.load(tmp_path / "plain/index/s.crc32.npy").shape == (1, 3)
 
 
