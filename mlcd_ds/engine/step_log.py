@@ -15,7 +15,7 @@ from mlcd_ds.data.fields import TrainingData
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.engine_state import EngineState
 from mlcd_ds.engine.hardware import peak_tflops
-from mlcd_ds.engine.knn_monitor import KnnMonitor
+from mlcd_ds.engine.monitors import Monitor
 from mlcd_ds.engine.phases import phase_at
 from mlcd_ds.engine.run_log import RunLog, log_data_pages, peak_memory_mb
 from mlcd_ds.engine.step_clock import StepClock
@@ -107,12 +107,12 @@ class StepLog:
         )
         self.steps.set_postfix(loss=f"{float(result.loss):.3f}")
 
-    def add_knn(self, done: int, knn: KnnMonitor) -> None:
-        """Compute the kNN accuracy, on all ranks, and log it. Its time does not count as the steps'. Collective."""
+    def add_accuracy(self, done: int, name: str, monitor: Monitor) -> None:
+        """Compute an accuracy, on all ranks, and log it. Its time does not count as the steps'. Collective."""
         begin = time.perf_counter()
-        accuracy = knn.accuracy()
-        if self._log and accuracy is not None:
-            self._log.scalars(done, {"evaluation/knn": accuracy})
+        accuracy = monitor.accuracy()
+        if self._log:
+            self._log.scalars(done, {f"evaluation/{name}": accuracy})
         self._since = replace(self._since, moment=self._since.moment + time.perf_counter() - begin)
 
     def close(self) -> None:
