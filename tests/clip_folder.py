@@ -11,8 +11,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789-.,:;()'\"&!?"
 LENGTH = 77
 
 
-def write_clip(folder: Path) -> Path:
-    """A CLIPModel of 32-pixel images, 16 channels of embedding."""
+def write_clip(folder: Path, image_size: int = 32, patch_size: int = 16) -> Path:
+    """A CLIPModel with 16 channels of embedding."""
     from transformers import CLIPConfig, CLIPModel
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -23,7 +23,7 @@ def write_clip(folder: Path) -> Path:
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     text = shape | dict(vocab_size=len(tokens), max_position_embeddings=LENGTH, eos_token_id=len(tokens) - 1)
     text |= dict(bos_token_id=len(tokens) - 2, pad_token_id=len(tokens) - 1, projection_dim=16)
-    vision = shape | dict(image_size=32, patch_size=16, projection_dim=16)
+    vision = shape | dict(image_size=image_size, patch_size=patch_size, projection_dim=16)
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16))
     for parameter in model.parameters():  # the usual start is so small that all texts look alike
