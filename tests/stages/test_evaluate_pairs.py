@@ -148,7 +148,7 @@ def test_other_texts_hit_otherwise(clip: Path, index: Path, evaluated: Path, tmp
 
 def test_the_page_is_whole_and_names_are_escaped(evaluated: Path) -> None:
     page = (evaluated / "report.html").read_text()
-    assert set(re.findall(r"""(?:src|href)=["']?(.{5})""", page)) == {"data:"} and "http" not in page
+    assert set(re.findall(r"""(?:src|href)=["']?(.{5})""", page)) == {"data:"} and "://" not in page
     for heading in ("best classes", "worst classes", "confusion", "surest hits", "surest misses", "Image retrieval"):
         assert heading in page
     assert page.count("<img") > 40 and "(its own)" in page
@@ -173,9 +173,9 @@ def on_ranks(group: Group, clip: Path, index: Path, out: Path) -> str:
     return (out / "report.json").read_text()
 
 
-def test_three_ranks_report_what_one_does(clip: Path, index: Path, evaluated: Path, tmp_path: Path) -> None:
-    """Two shards: a rank has computed none of the images, and measures a third of them all the same."""
-    for report in run_ranks(on_ranks, 3, clip, index, tmp_path / "out"):
+def test_two_ranks_report_what_one_does(clip: Path, index: Path, evaluated: Path, tmp_path: Path) -> None:
+    """Of the shards, 70 and 30 images, each computes one; of the images each measures a half."""
+    for report in run_ranks(on_ranks, 2, clip, index, tmp_path / "out", timeout_s=300.0):
         assert report == (evaluated / "report.json").read_text()
 
 
