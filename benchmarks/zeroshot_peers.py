@@ -172,19 +172,30 @@ def theirs(model: nn.Module, out: Path) -> tuple[dict[str, float], Tensor]:
     return metrics, logits.argmax(1)
 
 
-def mlcd(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "mlcd_ds", *map(str, arguments)], cwd=ROOT, check=True)
+def mlcd(python: str, *arguments: object) -> None:
+    subprocess.run([python, "-m", "mlcd_ds", *map(str, arguments)], cwd=ROOT, check=True)
 
 
-def ours(out: Path) -> tuple[dict[str, float], Tensor]:
+def ours(out: Path, python: str) -> tuple[dict[str, float], Tensor]:
     """Metrics by `mlcd evaluate`, and the class that it takes each image for."""
     for name in ("wds", "wds-retrieval"):
-        mlcd("index", "--shards", out / name / "test", "--out", out / "index" / name, "--overwrite")
+        mlcd(python, "index", "--shards", out / name / "test", "--out", out / "index" / name, "--overwrite")
     texts = ("--classes", out / "wds/classnames.txt")
     texts += ("--templates", out / "wds/zeroshot_classification_templates.txt")
     common = ("evaluate", "--model", out / "clip", "--overwrite")
-    mlcd(*common, "--protocols", "zeroshot", *texts, "--test-index", out / "index/wds", "--out", out / "zeroshot")
-    mlcd(*common, "--protocols", "retrieval", "--test-index", out / "index/wds-retrieval", "--out", out / "retrieval")
+    mlcd(
+        python, *common, "--protocols", "zeroshot", *texts, "--test-index", out / "index/wds", "--out", out / "zeroshot"
+    )
+    mlcd(
+        python,
+        *common,
+        "--protocols",
+        "retrieval",
+        "--test-index",
+        out / "index/wds-retrieval",
+        "--out",
+        out / "retrieval",
+    )
     metrics: dict[str, float] = {}
     for task in ("zeroshot/clip_benchmark/zeroshot_classification", "retrieval/clip_benchmark/zeroshot_retrieval"):
         metrics |= json.loads((out / f"{task}.json").read_text())["metrics"]
@@ -208,6 +219,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/peers"))
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--python", default=sys.executable, help="one that has mlcd_ds, where this one lacks it")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     from mlcd_ds.evaluation.prompts import read_templates
@@ -216,7 +228,7 @@ def main() -> int:
     lay_out(out / "wds-retrieval", [], "txt")
     model = trained_model(arguments.steps)
     write_folder(model, out / "clip")
-    (their_metrics, their_classes), (our_metrics, our_classes) = theirs(model, out), ours(out)
+    (their_metrics, their_classes), (our_metrics, our_classes) = theirs(model, out), ours(out, arguments.python)
     num_images = len(our_classes)
     num_texts = num_images + -(-num_images // 3)
     rows = {}
