@@ -17,6 +17,7 @@ from mlcd_ds.evaluation.ranks import ALONE, Ranks
 
 _DIRECT_MAX_PARAMETERS = 2048  # of a Hessian that is formed and factorised: 32 MiB
 _ROWS_A_BLOCK = 4096  # of the samples while it is formed
+_ROWS_A_LOSS = 2**16  # of the samples whose loss is computed in float64 at a time
 _MAX_CG_STEPS = 2000
 _MAX_HALVINGS = 40
 
@@ -98,7 +99,8 @@ class _Problem:
         self.ranks, self.device = ranks, features_nD.device
         self.features_nE = torch.cat([features_nD, features_nD.new_ones(len(features_nD), 1)], dim=1)
         self.labels_n = labels_n.long()
-        self.one_hot_nC = F.one_hot(self.labels_n, num_classes).to(features_nD.dtype)
+        self.one_hot_nC = features_nD.new_zeros(len(labels_n), num_classes)
+        self.one_hot_nC.scatter_(1, self.labels_n[:, None], 1.0)
         self.l2 = l2
         self.l2_E = features_nD.new_full((self.features_nE.shape[1],), l2)
         self.l2_E[-1] = 0.0
@@ -122,8 +124,10 @@ class _Problem:
     def at(self, theta_CE: Tensor) -> tuple[float, Tensor, Tensor]:
         """Objective, gradient [C, E] and this rank's probabilities [n, C]."""
         logits_nC = F.linear(self.features_nE, theta_CE)
-        loss = self.ranks.sum(F.cross_entropy(logits_nC.double(), self.labels_n, reduction="sum"))
-        objective = float(loss) + self.l2 / 2 * float(theta_CE[:, :-1].double().square().sum())
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for logits_bC, labels_b in zip(logits_nC.split(_ROWS_A_LOSS), self.labels_n.split(_ROWS_A_LOSS), strict=True):
+            loss += F.cross_entropy(logits_bC.double(), labels_b, reduction="sum")
+        objective = float(self.ranks.sum(loss)) + self.l2 / 2 * float(theta_CE[:, :-1].double().square().sum())
         probs_nC = logits_nC.softmax(1)
         grad_CE = self.ranks.sum((probs_nC - self.one_hot_nC).T @ self.features_nE)
         return objective, grad_CE + self.l2_E * theta_CE, probs_nC

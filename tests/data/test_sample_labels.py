@@ -73,7 +73,7 @@ def test_changed_class_numbers_are_noticed(tmp_path: Path) -> None:
 
 def test_an_index_of_before_has_no_class_numbers(tmp_path: Path) -> None:
     """Their checksums have three columns, and so have those of shards without any .cls."""
-    index = indexed(tmp_path, clip_benchmark_folder(tmp_path) / "test")
+    indexed(tmp_path, clip_benchmark_folder(tmp_path) / "test")
     path = tmp_path / "index" / "0.crc32.npy"
     crcs = np.load(path)
     assert crcs.shape == (5, 4)
