@@ -100,11 +100,14 @@ def open_clip_config(image: ViTConfig, text: TextConfig | None = None, bias: flo
 
 def _shape(config: ViTConfig | TextConfig) -> dict[str, Any]:
     """What both towers' sections say alike."""
-    ratio = config.mlp_width / config.width
-    if int(config.width * ratio) < config.mlp_width:  # open_clip cuts the product
-        ratio = math.nextafter(ratio, math.inf)
-    norm = {"eps": config.norm_eps}
+    ratio, norm = mlp_ratio(config.width, config.mlp_width), {"eps": config.norm_eps}
     return {"width": config.width, "layers": config.depth, "mlp_ratio": ratio, "norm_kwargs": norm}
+
+
+def mlp_ratio(width: int, mlp_width: int) -> float:
+    """The number by which open_clip and timm multiply a width: they cut the product to a whole number."""
+    ratio = mlp_width / width
+    return math.nextafter(ratio, math.inf) if int(width * ratio) < mlp_width else ratio
 
 
 def _text_config(config: TextConfig) -> dict[str, Any]:
