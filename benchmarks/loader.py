@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from mlcd_ds.artefacts.manifest import library_versions
-from mlcd_ds.data.fields import Labels
+from mlcd_ds.data.fields import Labels, TrainingData
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.loader import AugmentConfig, StreamSlice, TrainLoader
 from mlcd_ds.data.order import SampleOrder
@@ -88,9 +88,8 @@ def ours(index: ShardIndex, labels: LabelStore) -> Iterator[Tensor]:
     order = SampleOrder(index.counts, 1, shuffle_window=512, seed=0)
     batch_slice = StreamSlice((0,), BATCH, 1)
     pixels, augment = clip_pixels(SIZE), AugmentConfig()
-    loader = TrainLoader(
-        index, {"labels": Labels(labels)}, order, batch_slice, pixels, augment, torch.device("cpu"), WORKERS
-    )
+    data = TrainingData(index, {"labels": Labels(labels)})
+    loader = TrainLoader(data, order, batch_slice, pixels, augment, torch.device("cpu"), WORKERS)
     batches = loader.batches(0)
     for batch in islice(batches, NUM_BATCHES):
         yield batch.images_B3SS

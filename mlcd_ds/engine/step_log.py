@@ -57,7 +57,7 @@ class StepLog:
         device: torch.device,
         first: int,
     ) -> None:
-        self._recipe, self._index, self._group, self._device = recipe, data.index, group, device
+        self._recipe, self._num_samples, self._group, self._device = recipe, data.num_samples, group, device
         self._state, self._objective, self._clock = state, objective, clock
         self._log = RunLog(recipe.train.out, first) if group.is_main else None
         if self._log and first == 0:
@@ -97,7 +97,7 @@ class StepLog:
                 "speed/data_wait_share": waited_s / seconds,
                 **{f"time/{part}_s": value for part, value in times.items()},
                 "memory/peak_mb": peak_memory_mb(self._device),
-                "progress/epoch": done * recipe.train.global_batch / self._index.num_images,
+                "progress/epoch": done * recipe.train.global_batch / self._num_samples,
             },
         )
         self.steps.set_postfix(loss=f"{float(result.loss):.3f}")

@@ -91,14 +91,13 @@ class Trainer:
     def batches(self, first: int) -> Generator[Batch, None, None]:
         """Micro-batches of the steps from `first` to the last, each phase at its resolution."""
         data, train = self.recipe.data, self.recipe.train
-        order = SampleOrder(self.data.index.counts, data.num_streams, data.shuffle_window, train.seed)
+        order = SampleOrder(self.data.counts, data.num_streams, data.shuffle_window, train.seed)
         for phase in phases(self.recipe):
             begin, pixels = max(first, phase.begin), clip_pixels(phase.image_size)
             if begin >= phase.end:
                 continue
-            index, fields = self.data.index, self.data.fields
             loader = TrainLoader(
-                index, fields, order, self.batch_slice, pixels, data.augment, self.device, data.num_threads
+                self.data, order, self.batch_slice, pixels, data.augment, self.device, data.num_threads
             )
             batches = loader.batches(begin)
             try:
