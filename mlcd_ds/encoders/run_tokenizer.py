@@ -1,16 +1,13 @@
-"""The tokenizer of a run: read from its folder, compared with its checkpoint, and what transformers is told of it."""
+"""The tokenizer of a run: read from its folder, compared with its checkpoint and text tower."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from mlcd_ds.data.tokenizers import TOKENIZER_NAME, Tokenizer, load_tokenizer
 from mlcd_ds.engine.weights import CheckpointManifest
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.text import TextConfig
-
-CONFIG_NAME = "tokenizer_config.json"
 
 
 def run_tokenizer(run: Path, checkpoint: CheckpointManifest, text: TextConfig) -> Tokenizer:
@@ -29,22 +26,3 @@ def run_tokenizer(run: Path, checkpoint: CheckpointManifest, text: TextConfig) -
             f"{text.vocab_size}, and {text.end_token}. {fix}"
         )
     return tokenizer
-
-
-def tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
-    """The content of a tokenizer_config.json with which `transformers.AutoTokenizer` takes a tokenizer.json as it is.
-
-    With the class CLIPTokenizer, transformers 5 would keep the vocabulary alone, and split texts as CLIP does.
-    """
-    end = tokenizer.token(tokenizer.end_token)
-    start = {} if tokenizer.start_token is None else {"bos_token": tokenizer.token(tokenizer.start_token)}
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": context,
-        "padding_side": "right",
-        "truncation_side": "right",
-        "clean_up_tokenization_spaces": False,
-        **start,
-        "eos_token": end,
-        "pad_token": end,
-    }

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 from safetensors.torch import save
@@ -26,9 +26,9 @@ from mlcd_ds.artefacts.files import FileRecord, sha256_of, write_atomic, write_j
 from mlcd_ds.artefacts.manifest import Manifest, library_versions, write_manifest
 from mlcd_ds.artefacts.readers import decoding
 from mlcd_ds.data.pixels import clip_pixels
-from mlcd_ds.data.tokenizers import TOKENIZER_NAME, Tokenizer, clip_tokenizer
+from mlcd_ds.data.tokenizers import TOKENIZER_NAME, Tokenizer, clip_tokenizer, tokenizer_config
 from mlcd_ds.encoders.preprocessor import open_clip_preprocessing, preprocessor_config
-from mlcd_ds.encoders.run_tokenizer import CONFIG_NAME, run_tokenizer, tokenizer_config
+from mlcd_ds.encoders.run_tokenizer import run_tokenizer
 from mlcd_ds.engine.weights import (
     Weights,
     checkpoint_recipe,
@@ -194,10 +194,11 @@ def write_open_clip(out: Path, image: ViT, pair: Pair | None) -> dict[str, FileR
 def write_tokenizer(out: Path, folder: str, pair: Pair) -> dict[str, FileRecord]:
     """The files of which `transformers.AutoTokenizer` makes the tokenizer."""
     content = pair.tokenizer.to_json().encode()
-    config: dict[str, Any] = tokenizer_config(pair.tokenizer, pair.text.config.context)
+    config = tokenizer_config(pair.tokenizer) | {"model_max_length": pair.text.config.context, "padding_side": "right"}
+    name = "tokenizer_config.json"
     return {
         folder + TOKENIZER_NAME: write_atomic(out / folder / TOKENIZER_NAME, lambda file: file.write(content)),
-        folder + CONFIG_NAME: write_json(out / folder / CONFIG_NAME, config),
+        folder + name: write_json(out / folder / name, config),
     }
 
 
