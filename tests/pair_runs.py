@@ -74,8 +74,8 @@ def make_pair_run(
     frozen: FrozenTower | None = None,
     **sections: dict[str, Any],
 ) -> PairRun:
-    """A run with one checkpoint, and a moving average that is other weights. `frozen`: its image tower comes from
-    there."""
+    """A run with one checkpoint, and with train.ema_decay an average, which is other weights. `frozen`: its image tower
+    comes from there."""
     tokens = TOKENIZERS[tokenizer]()
     recipe = pair_recipe(folder, objective, tokens, **sections)
     assert recipe.text
@@ -83,6 +83,8 @@ def make_pair_run(
     run = PairRun(folder, recipe, image.eval(), text.eval(), tokens)
     run.checkpoint.mkdir(parents=True)
     for seed, names in ((1, AVERAGE_FILES), (0, WEIGHT_FILES)):
+        if names is AVERAGE_FILES and not recipe.train.ema_decay:
+            continue
         generator = torch.Generator().manual_seed(seed)
         module = kind_of(recipe.objective).engine_module(recipe)
         assert module is not None

@@ -31,10 +31,12 @@ def load_released(folder: Path, model: ViT) -> list[str]:
     released, tensors = _read(folder)
     with decoding(f"train.init_from {folder}", FIX):
         config, state = from_vision_model(tensors, released)
-    projection = folder / "projection.safetensors"
-    own = read_tensors(projection, FIX).get(PROJECTION) if projection.exists() else tensors.get(CLIP_PROJECTION)
-    if own is not None:
-        state[PROJECTION] = own
+    apart = folder / "projection.safetensors"
+    projection = tensors.get(CLIP_PROJECTION)
+    if projection is None and apart.exists():
+        projection = read_tensors(apart, FIX).get(PROJECTION)
+    if projection is not None:
+        state[PROJECTION] = projection
     return fill_image(model, config, state, folder)
 
 

@@ -22,7 +22,7 @@ from pydantic import Field
 from safetensors.torch import save
 from torch import Tensor
 
-from mlcd_ds.artefacts.files import FileRecord, sha256_of, write_atomic, write_json
+from mlcd_ds.artefacts.files import FileRecord, remove_file, sha256_of, write_atomic, write_json
 from mlcd_ds.artefacts.manifest import Manifest, library_versions, write_manifest
 from mlcd_ds.artefacts.readers import decoding
 from mlcd_ds.data.pixels import clip_pixels
@@ -56,6 +56,12 @@ from mlcd_ds.stages import runner
 from mlcd_ds.stages.model_card import CARD_NAME, Card, model_card
 
 OPEN_CLIP_CONFIG, OPEN_CLIP_MODEL = "open_clip_config.json", "open_clip_model.safetensors"  # the names it looks for
+PROJECTION_NAME, TOKENIZER_CONFIG = "projection.safetensors", "tokenizer_config.json"
+OPTIONAL = (
+    *(PROJECTION_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG),
+    *(f"open_clip/{name}" for name in (OPEN_CLIP_CONFIG, OPEN_CLIP_MODEL, TOKENIZER_NAME, TOKENIZER_CONFIG)),
+)
+"""Files that not every export has."""
 
 
 class Options(runner.StageOptions):
@@ -125,29 +131,32 @@ def run(options: Options, context: runner.Context) -> None:
     )
     if runner.already_done(options, context, ExportManifest, wanted):
         return
-    runner.logger.info("export: %s -> %s", checkpoint, options.out)
-    if options.dry_run or not context.group.is_main:
-        return
     problem = open_clip_problem(image.config, pair.text.config if pair else None)
+    card = Card(
+        name=options.out.resolve().name,
+        checkpoint=manifest,
+        recipe=recipe,
+        image=image,
+        text=pair.text if pair else None,
+        bias=pair.bias if pair else None,
+        weights=options.weights,
+        license=options.license,
+        report=options.report,
+        open_clip_problem=problem,
+    )
+    content = model_card(card).encode()  # now, as the report may be damaged
+    runner.logger.info("export: %s -> %s", checkpoint, options.out)
     if problem:
         runner.logger.info("export: no folder for open_clip: %s", problem)
-    card = Card(
-        options.out.resolve().name,
-        manifest,
-        recipe,
-        image,
-        pair.text if pair else None,
-        pair.bias if pair else None,
-        options.weights,
-        options.license,
-        options.report,
-        problem,
-    )
-    content = model_card(card)  # before anything is written: the report may be damaged
+    if options.dry_run or not context.group.is_main:
+        return
     files = write_hugging_face(options.out, image, pair)
     if not problem:
         files |= write_open_clip(options.out, image, pair)
-    files[CARD_NAME] = write_atomic(options.out / CARD_NAME, lambda file: file.write(content.encode()))
+    files[CARD_NAME] = write_atomic(options.out / CARD_NAME, lambda file: file.write(content))
+    for name in OPTIONAL:
+        if name not in files:  # of another export that was here
+            remove_file(options.out / name)
     write_manifest(options.out, wanted.model_copy(update={"files": files}))
 
 
@@ -161,7 +170,7 @@ def write_hugging_face(out: Path, image: ViT, pair: Pair | None) -> dict[str, Fi
     else:
         weights, config = to_vision_model(state), vision_config(image.config)
         projection = {"projection.weight": state["projection.weight"].contiguous()}
-        files["projection.safetensors"] = write_tensors(out / "projection.safetensors", projection)
+        files[PROJECTION_NAME] = write_tensors(out / PROJECTION_NAME, projection)
     files["model.safetensors"] = write_tensors(out / "model.safetensors", weights)
     processor = preprocessor_config(clip_pixels(image.config.image_size))
     files["preprocessor_config.json"] = write_json(out / "preprocessor_config.json", processor)
@@ -195,10 +204,9 @@ def write_tokenizer(out: Path, folder: str, pair: Pair) -> dict[str, FileRecord]
     """The files of which `transformers.AutoTokenizer` makes the tokenizer."""
     content = pair.tokenizer.to_json().encode()
     config = tokenizer_config(pair.tokenizer) | {"model_max_length": pair.text.config.context, "padding_side": "right"}
-    name = "tokenizer_config.json"
     return {
         folder + TOKENIZER_NAME: write_atomic(out / folder / TOKENIZER_NAME, lambda file: file.write(content)),
-        folder + name: write_json(out / folder / name, config),
+        folder + TOKENIZER_CONFIG: write_json(out / folder / TOKENIZER_CONFIG, config),
     }
 
 

@@ -79,13 +79,13 @@ def _summary(card: Card) -> str:
     lines.append(
         f"An image tower, a vision transformer for {image.image_size} x {image.image_size} pixels: patches of "
         f"{image.patch_size}, width {image.width}, {image.depth} blocks, {positions} positions, "
-        f"{num_parameters(card.image) / 1e6:.1f} M parameters; embeddings of {image.embed_dim} channels."
+        f"{num_parameters(card.image):,} parameters; embeddings of {image.embed_dim} channels."
     )
     if card.text:
         text = card.text.config
         lines.append(
             f"A text tower, a causal transformer for {text.context} tokens of {text.vocab_size}: width {text.width}, "
-            f"{text.depth} blocks, {num_parameters(card.text) / 1e6:.1f} M parameters."
+            f"{text.depth} blocks, {num_parameters(card.text):,} parameters."
         )
     lines.append(f"Trained by mlcd_ds {__version__}.")
     told = " ".join(card.recipe.description.split())
@@ -133,8 +133,8 @@ def _training(card: Card) -> str:
         rows["started from"] = f"`{_source(train.init_from)}`"
     for name, frozen in sorted(checkpoint.frozen.items()):
         rows[f"{name} tower"] = f"frozen, from `{_source(Path(frozen.source))}`"
-    last = "those of the last step"
-    rows["weights"] = last if card.weights == "last" else f"a moving average (decay {train.ema_decay})"
+    average = f"a moving average, decay {train.ema_decay}"
+    rows["weights"] = average if card.weights == "ema" else "those of the last step"
     rows["seed"] = train.seed
     rows["made with"] = ", ".join(f"{name} {version}" for name, version in sorted(checkpoint.versions.items()))
     if checkpoint.git_commit:
@@ -152,11 +152,13 @@ def _source(folder: Path) -> str:
 def _figures(card: Card) -> str:
     if card.report is None:
         return "Not evaluated."
-    found = list(_numbers(read_json_object(card.report, REPORT_FIX), ""))
+    report = read_json_object(card.report, REPORT_FIX)
+    found = list(_numbers(report, ""))
     if not found:
         raise UserError(f"{card.report} holds no figure. {REPORT_FIX}")
     shown = _table({key.replace("|", "/"): value for key, value in found[:MAX_FIGURES]})
-    return f"{shown}\n\nFrom the report of `mlcd evaluate`; shares of 1 where not counts."
+    model = f" on {report['model']}" if isinstance(report.get("model"), str) else ""
+    return f"{shown}\n\nFrom the report of `mlcd evaluate`{model}; accuracies are shares of 1."
 
 
 def _numbers(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
