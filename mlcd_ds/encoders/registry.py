@@ -69,6 +69,11 @@ def load_pair_encoder(specification: str) -> PairEncoder:
         return training_pair(folder, weights)
     if weights == "ema":
         raise UserError(NO_RUN.format(specification[:200]))
+    if not os.path.exists(folder / "config.json"):
+        raise UserError(
+            f"encoder {specification[:200]!r} has no text tower: name a run of ours over images and texts, or a folder "
+            "of a whole CLIP model (config.json, Hugging Face)."
+        )
     check_outputs(folder)  # of `mlcd export`, perhaps
     return PairEncoder(hugging_face(folder, None), load_text_encoder(folder))
 
