@@ -6,6 +6,7 @@ Only the weights are taken: the optimizer's state, the step and the order of sam
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from mlcd_ds.config import Recipe, parse_recipe
 from mlcd_ds.data.fields import TrainingData
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.checkpoint import check_files
-from mlcd_ds.engine.released import check_shape, check_text_shape, has_text_tower, load_released_scale
+from mlcd_ds.engine.released import Released, check_shape, check_text_shape, read_released
 from mlcd_ds.engine.weights import (
     CHECKPOINT_NAME,
     CONFIG_NAME,
@@ -79,20 +80,25 @@ class Start:
     def fill_tower(self, tower: Tower) -> list[str]:
         """Fill an initialised tower; returns what was done, in words: nothing, where the source has no text tower for
         it. UserError names what does not fit."""
-        if isinstance(tower, ViT):
-            return ["the backbone", *fill_from(self.folder, tower)]
-        return ["the text tower", *fill_from(self.folder, tower)] if self._has_text_tower() else []
+        if not isinstance(tower, ViT) and not self._has_text_tower():
+            return []
+        filled = fill_from(self.folder, tower) if self.checkpoint else self._released.fill(tower)
+        return ["the backbone" if isinstance(tower, ViT) else "the text tower", *filled]
 
     def _has_text_tower(self) -> bool:
-        return has_text_tower(self.folder) if self.checkpoint is None else self._recipe.text is not None
+        return self._recipe.text is not None if self.checkpoint else self._released.has_text()
+
+    @functools.cached_property
+    def _released(self) -> Released:
+        """The folder's content, where it is no checkpoint."""
+        return read_released(self.folder)
 
     def fill_module(self, module: nn.Module, kind: type[Objective]) -> list[str]:
         """Fill what the engine trains for an objective of that kind, where the source has the same; returns what was
         done."""
         if self.checkpoint is None:
-            if not isinstance(module, Scale) or not has_text_tower(self.folder):
-                return []
-            return ["the scale"] if load_released_scale(self.folder, module) else []
+            is_filled = isinstance(module, Scale) and self._has_text_tower() and self._released.fill_scale(module)
+            return ["the scale"] if is_filled else []
         file_name = WEIGHT_FILES["objective"]
         if not self.is_of_kind(kind) or file_name not in self.checkpoint.files:
             return []

@@ -1,7 +1,9 @@
-"""Filling towers with given weights: those of a Hugging Face folder, or of a tower of nearly the same shape."""
+"""Filling towers with given weights: those of a folder of transformers or open_clip, or of a tower of nearly the same
+shape."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,68 +11,125 @@ import torch
 from torch import Tensor
 
 from mlcd_ds.artefacts.manifest import check_outputs
-from mlcd_ds.artefacts.readers import decoding, read_json_object, read_tensors
+from mlcd_ds.artefacts.readers import decoding, is_there, read_json_object, read_tensors
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.convert import BIAS, LOG_SCALE, from_text_model, from_vision_model
+from mlcd_ds.models.open_clip import CONFIG_NAME as OPEN_CLIP_CONFIG
+from mlcd_ds.models.open_clip import NOTE, from_open_clip, towers_of_open_clip
+from mlcd_ds.models.open_clip import WEIGHTS_NAME as OPEN_CLIP_WEIGHTS
 from mlcd_ds.models.positions import resize_positions
 from mlcd_ds.models.text import TextConfig, TextTower
+from mlcd_ds.models.tower import Tower
 from mlcd_ds.models.vit import ViT, ViTConfig
 from mlcd_ds.objectives.pair_objective import Scale
 
 POSITIONS, REGISTERS = "embeddings.position_embedding.weight", "embeddings.register_embedding"
 PROJECTION, CLIP_PROJECTION = "projection.weight", "visual_projection.weight"
-FIX = "train.init_from takes a run, or a Hugging Face folder such as `mlcd export` writes."
+FIX = "train.init_from takes a run, or a folder for transformers or open_clip such as `mlcd export` writes."
 
 
-def load_released(folder: Path, model: ViT) -> list[str]:
-    """Fill an initialised backbone from a Hugging Face folder (a released CLIP or MLCD model, or `mlcd export`'s).
+@dataclass(frozen=True)
+class Released:
+    """A model in a folder: config and tensors, as they were read."""
 
-    The projection is a whole CLIP model's own, or that of projection.safetensors, where it fits. Returns what was done
-    besides copying, in words. UserError names the folder and what does not fit.
-    """
-    released, tensors = _read(folder)
-    with decoding(f"train.init_from {folder}", FIX):
-        config, state = from_vision_model(tensors, released)
-    apart = folder / "projection.safetensors"
-    projection = tensors.get(CLIP_PROJECTION)
-    if projection is None and apart.exists():
-        projection = read_tensors(apart, FIX).get(PROJECTION)
-    if projection is not None:
-        state[PROJECTION] = projection
-    return fill_image(model, config, state, folder)
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def image(self) -> tuple[ViTConfig, dict[str, Tensor]]:
+        """Shape and state of the image tower; the state may lack its projection."""
+        raise NotImplementedError
+
+    def has_text(self) -> bool:
+        """Whether there is a text tower."""
+        raise NotImplementedError
+
+    def text(self) -> tuple[TextConfig, dict[str, Tensor]]:
+        """Shape and state of the text tower."""
+        raise NotImplementedError
+
+    def bias(self) -> float | None:
+        """SigLIP's summand; None in a model of CLIP's loss."""
+        raise NotImplementedError
+
+    def fill(self, tower: Tower) -> list[str]:
+        """Fill an initialised tower; returns what was done besides copying, in words. UserError names the folder and
+        what does not fit."""
+        if isinstance(tower, ViT):
+            with decoding(f"train.init_from {self.folder}", FIX):
+                image, state = self.image()
+            return fill_image(tower, image, state, self.folder)
+        assert isinstance(tower, TextTower)
+        if not self.has_text():
+            raise UserError(f"train.init_from {self.folder} holds no text tower. {FIX}")
+        with decoding(f"train.init_from {self.folder}", FIX):
+            text, state = self.text()
+        return fill_text(tower, text, state, self.folder)
+
+    @torch.no_grad()
+    def fill_scale(self, scale: Scale) -> bool:
+        """Take the factor on cosines, and SigLIP's summand. False, with nothing done, where the model was trained by
+        the other loss: CLIP's factor means another thing to SigLIP."""
+        with decoding(f"train.init_from {self.folder}: {LOG_SCALE} and {BIAS}", FIX):
+            bias = self.bias()
+            if (bias is None) != (scale.bias is None):
+                return False
+            scale.log_scale.fill_(float(self.tensors[LOG_SCALE]))
+            if scale.bias is not None and bias is not None:
+                scale.bias.fill_(bias)
+        return True
 
 
-def has_text_tower(folder: Path) -> bool:
-    """Whether a Hugging Face folder holds a whole CLIP model."""
-    return read_json_object(folder / "config.json", FIX).get("model_type") == "clip"
+class HuggingFaceModel(Released):
+    """A released CLIP or MLCD model, or `mlcd export`'s: config.json, model.safetensors."""
+
+    def image(self) -> tuple[ViTConfig, dict[str, Tensor]]:
+        config, state = from_vision_model(self.tensors, self.config)
+        apart, projection = self.folder / "projection.safetensors", self.tensors.get(CLIP_PROJECTION)
+        if projection is None and apart.exists():
+            projection = read_tensors(apart, FIX).get(PROJECTION)
+        return config, state if projection is None else {**state, PROJECTION: projection}
+
+    def has_text(self) -> bool:
+        return self.config.get("model_type") == "clip"
+
+    def text(self) -> tuple[TextConfig, dict[str, Tensor]]:
+        return from_text_model(self.tensors, self.config)
+
+    def bias(self) -> float | None:
+        return None if BIAS not in self.config else float(self.config[BIAS])
 
 
-def load_released_text(folder: Path, tower: TextTower) -> list[str]:
-    """Fill a text tower from the folder of a whole CLIP model; returns what was done besides copying, in words."""
-    released, tensors = _read(folder)
-    with decoding(f"train.init_from {folder}", FIX):
-        config, state = from_text_model(tensors, released)
-    return fill_text(tower, config, state, folder)
+class OpenClipModel(Released):
+    """What open_clip's local-dir: takes, open_clip_config.json and open_clip_model.safetensors."""
+
+    def image(self) -> tuple[ViTConfig, dict[str, Tensor]]:
+        config = towers_of_open_clip(self.config["model_cfg"])[0]
+        return config, from_open_clip(self.tensors, config)
+
+    def has_text(self) -> bool:
+        return self.config.get("note") != NOTE  # or else a placeholder
+
+    def text(self) -> tuple[TextConfig, dict[str, Tensor]]:
+        config = towers_of_open_clip(self.config["model_cfg"])[1]
+        return config, from_open_clip(self.tensors, config)
+
+    def bias(self) -> float | None:
+        return None if BIAS not in self.tensors else float(self.tensors[BIAS])
 
 
-@torch.no_grad()
-def load_released_scale(folder: Path, scale: Scale) -> bool:
-    """Take the factor on cosines (and SigLIP's summand) from the folder of a whole CLIP model. False, with nothing
-    done, where it was trained by the other loss: CLIP's factor means another thing to SigLIP."""
-    released, tensors = _read(folder)
-    if (BIAS in released) != (scale.bias is not None):
-        return False
-    with decoding(f"train.init_from {folder}: {LOG_SCALE} and {BIAS}", FIX):
-        scale.log_scale.fill_(float(tensors[LOG_SCALE]))
-        if scale.bias is not None:
-            scale.bias.fill_(float(released[BIAS]))
-    return True
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and all weights."""
+def read_released(folder: Path) -> Released:
+    """What is in a folder of transformers or open_clip."""
+    is_open_clip = is_there(folder / OPEN_CLIP_CONFIG, FIX) and not is_there(folder / "config.json", FIX)
+    names = (OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS) if is_open_clip else ("config.json", "model.safetensors")
     check_outputs(folder)
-    return read_json_object(folder / "config.json", FIX), read_tensors(folder / "model.safetensors", FIX)
+    config, tensors = read_json_object(folder / names[0], FIX), read_tensors(folder / names[1], FIX)
+    return (OpenClipModel if is_open_clip else HuggingFaceModel)(folder, config, tensors)
+
+
+def load_released(folder: Path, tower: Tower) -> list[str]:
+    """Fill an initialised tower from such a folder; returns what was done besides copying, in words."""
+    return read_released(folder).fill(tower)
 
 
 def fill_image(model: ViT, config: ViTConfig, state: dict[str, Tensor], folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ from mlcd_ds.artefacts.files import FileRecord, seal_of, write_json
 from mlcd_ds.artefacts.readers import check_size, decoding, read_json_object, read_tensors, read_yaml
 from mlcd_ds.artefacts.typed import Frozen, first_problem
 from mlcd_ds.config import Recipe, parse_recipe
-from mlcd_ds.engine.released import fill_image, fill_text, load_released, load_released_text
+from mlcd_ds.engine.released import fill_image, fill_text, load_released
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.text import TextTower
 from mlcd_ds.models.tower import Tower
@@ -208,15 +208,12 @@ def load_scale(checkpoint: Path, weights: Weights = "last") -> tuple[Tensor, Ten
 def fill_from(folder: Path, tower: Tower) -> list[str]:
     """Fill a tower from a checkpoint folder of ours or a Hugging Face folder; returns what was done besides copying,
     in words. UserError names what does not fit."""
-    is_ours = (folder / CHECKPOINT_NAME).exists()
+    if not (folder / CHECKPOINT_NAME).exists():
+        return load_released(folder, tower)
     if isinstance(tower, ViT):
-        if not is_ours:
-            return load_released(folder, tower)
         image = load_backbone(folder)
         return fill_image(tower, image.config, dict(image.state_dict()), folder)
     assert isinstance(tower, TextTower)
-    if not is_ours:
-        return load_released_text(folder, tower)
     text = load_text_tower(folder)
     return fill_text(tower, text.config, dict(text.state_dict()), folder)
 

@@ -59,6 +59,7 @@ _IN_BLOCK = {
 }
 _QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
 LOG_SCALE, BIAS = "logit_scale", "logit_bias"
+CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"  # the names it looks for
 _SCALES = (LOG_SCALE, BIAS)
 
 # open_clip's own tokenizer needs this length and vocabulary.
@@ -121,6 +122,48 @@ def _text_config(config: TextConfig) -> dict[str, Any]:
         **_shape(config),
         **pooling,
     }
+
+
+# open_clip leaves fields at their default out of its configs.
+_VISION_DEFAULTS = {"layers": 12, "width": 768, "head_width": 64, "patch_size": 16, "image_size": 224}
+_TEXT_DEFAULTS = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
+_BOTH_DEFAULTS: dict[str, Any] = {"mlp_ratio": 4.0, "norm_kwargs": None}
+_OF_TOKENIZERS = {"hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "pad_id"}
+
+
+def towers_of_open_clip(model_cfg: Mapping[str, Any]) -> tuple[ViTConfig, TextConfig]:
+    """The towers' shapes that a `model_cfg` describes. Raises ValueError naming a key that our towers cannot follow."""
+    known = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_scale", "init_logit_bias", "custom_text"}
+    _check_known(model_cfg, known, "model_cfg")
+    vision = {**_VISION_DEFAULTS, **_BOTH_DEFAULTS, **model_cfg["vision_cfg"]}
+    text = {**_TEXT_DEFAULTS, **_BOTH_DEFAULTS, "pool_type": "argmax", "eos_id": 2, **model_cfg["text_cfg"]}
+    _check_known(vision, {*_VISION_DEFAULTS, *_BOTH_DEFAULTS}, "vision_cfg")
+    _check_known(text, {*_TEXT_DEFAULTS, *_BOTH_DEFAULTS, *_OF_TOKENIZERS, "pool_type", "eos_id"}, "text_cfg")
+    if text["pool_type"] not in ("argmax", "eos"):
+        raise ValueError(f"text_cfg.pool_type {text['pool_type']!r}: only argmax and eos can be converted")
+    shared = {
+        "embed_dim": model_cfg["embed_dim"],
+        "activation": "quick_gelu" if model_cfg.get("quick_gelu") else "gelu",
+    }
+
+    def shape(section: Mapping[str, Any]) -> dict[str, Any]:
+        norm = section["norm_kwargs"] or {}
+        _check_known(norm, {"eps"}, "norm_kwargs")
+        mlp_width = int(section["width"] * section["mlp_ratio"])
+        sizes = {"width": section["width"], "depth": section["layers"], "mlp_width": mlp_width}
+        return {**shared, **sizes, "norm_eps": norm.get("eps", 1e-5)}
+
+    heads = vision["width"] // vision["head_width"]
+    image = ViTConfig(image_size=vision["image_size"], patch_size=vision["patch_size"], heads=heads, **shape(vision))
+    end_token = text["eos_id"] if text["pool_type"] == "eos" else text["vocab_size"] - 1
+    sizes = {"vocab_size": text["vocab_size"], "context": text["context_length"], "heads": text["heads"]}
+    return image, TextConfig(end_token=end_token, **sizes, **shape(text))
+
+
+def _check_known(section: Mapping[str, Any], known: set[str], name: str) -> None:
+    """Raise ValueError naming a key that asks for something else."""
+    if extra := sorted(key for key in section.keys() - known if section[key]):
+        raise ValueError(f"{name}.{extra[0]} {section[extra[0]]!r} of open_clip has no counterpart in our towers")
 
 
 def placeholder_text_tower(embed_dim: int) -> dict[str, Tensor]:

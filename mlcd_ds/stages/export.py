@@ -50,12 +50,13 @@ from mlcd_ds.models.open_clip import (
     placeholder_text_tower,
     to_open_clip,
 )
+from mlcd_ds.models.open_clip import CONFIG_NAME as OPEN_CLIP_CONFIG
+from mlcd_ds.models.open_clip import WEIGHTS_NAME as OPEN_CLIP_MODEL
 from mlcd_ds.models.text import TextTower
 from mlcd_ds.models.vit import ViT
 from mlcd_ds.stages import runner
 from mlcd_ds.stages.model_card import CARD_NAME, Card, model_card
 
-OPEN_CLIP_CONFIG, OPEN_CLIP_MODEL = "open_clip_config.json", "open_clip_model.safetensors"  # the names it looks for
 PROJECTION_NAME, TOKENIZER_CONFIG = "projection.safetensors", "tokenizer_config.json"
 OPTIONAL = (
     *(PROJECTION_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG),

@@ -10,7 +10,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mlcd_ds.models.open_clip import from_open_clip, open_clip_config, placeholder_text_tower, to_open_clip
+from mlcd_ds.models.open_clip import (
+    from_open_clip,
+    open_clip_config,
+    placeholder_text_tower,
+    to_open_clip,
+    towers_of_open_clip,
+)
 from mlcd_ds.models.text import TextConfig, TextTower
 from mlcd_ds.models.vit import ViT, ViTConfig
 
@@ -89,6 +95,7 @@ def test_open_clip_loads_both_towers() -> None:
     twin.load_state_dict(reader.state_dict())
     assert (twin(tokens)[0] - texts[0]).abs().max() > 1e-3
     config = open_clip_config(image, text, -7.0)
+    assert towers_of_open_clip(config) == (image, text)
     assert config["text_cfg"]["pool_type"] == "eos" and config["text_cfg"]["eos_id"] == 3
     assert config["init_logit_bias"] == -7.0 and "init_logit_bias" not in open_clip_config(image, text)
     largest = text.model_copy(update={"end_token": 49})
@@ -106,6 +113,29 @@ def test_the_config_gives_the_same_shape(width: int) -> None:
         assert width // written["vision_cfg"]["head_width"] == config.heads
     assert written["embed_dim"] == 20 and written["quick_gelu"] is True
     assert written["vision_cfg"]["layers"] == 2 and written["vision_cfg"]["norm_kwargs"] == {"eps": config.norm_eps}
+
+
+def test_configs_of_open_clip_are_read_or_refused() -> None:
+    released = {  # as open_clip's model_configs/ViT-B-32.json has it
+        "embed_dim": 512,
+        "vision_cfg": {"image_size": 224, "layers": 12, "width": 768, "patch_size": 32},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12},
+    }
+    image, text = towers_of_open_clip(released)
+    assert (image.heads, image.mlp_width, image.activation, image.norm_eps) == (12, 3072, "gelu", 1e-5)
+    assert (text.end_token, text.mlp_width, text.context) == (49407, 2048, 77)
+    eos = {"text_cfg": {"pool_type": "eos", "eos_id": 5}}
+    assert towers_of_open_clip(released | eos | {"quick_gelu": True})[1].end_token == 5
+    for changes, told in (
+        ({"vision_cfg": {"timm_model_name": "vit_base"}}, "vision_cfg.timm_model_name 'vit_base' of open_clip"),
+        ({"vision_cfg": {"ls_init_value": 0.1}}, "vision_cfg.ls_init_value 0.1"),
+        ({"text_cfg": {"hf_model_name": "roberta"}}, "text_cfg.hf_model_name 'roberta'"),
+        ({"text_cfg": {"pool_type": "last"}}, "pool_type 'last'"),
+        ({"text_cfg": {"norm_kwargs": {"elementwise_affine": True}}}, "norm_kwargs.elementwise_affine"),
+        ({"multimodal_cfg": {"width": 1}}, "model_cfg.multimodal_cfg"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            towers_of_open_clip(released | changes)
 
 
 def test_what_does_not_fit_is_named(model: ViT) -> None:
