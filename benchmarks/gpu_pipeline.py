@@ -74,7 +74,7 @@ def step_waits() -> dict[str, int]:
 
 def demo_pictures(count: int) -> tuple[list[bytes], np.ndarray]:
     """JPEGs of the demo, and their heights and widths."""
-    images = [content for _, content in islice(loader_benchmark.source_pictures(), count)]
+    images = [content for _, content, _ in islice(loader_benchmark.source_pictures(), count)]
     return images, np.array([reference.decode(image).shape[:2] for image in images])
 
 

@@ -30,7 +30,7 @@ class StepResult:
     loss: Tensor
     loss_parts: dict[str, Tensor]
     backbone_grad_norm: Tensor | float | None
-    measures: dict[str, Tensor]  # what the objective's own step tells
+    measures: dict[str, Tensor]  # what the objective's own step tells, and the embeddings' lengths
     lr: float
 
 
@@ -41,6 +41,11 @@ class _Since:
     moment: float
     step: int
     num_updates: int
+
+
+def with_page(name: str) -> str:
+    """A measure's name with its TensorBoard page: the optimizer's, where it names none."""
+    return name if "/" in name else f"optimizer/{name}"
 
 
 class StepLog:
@@ -87,7 +92,7 @@ class StepLog:
                 **{f"loss/{name}": float(value) for name, value in result.loss_parts.items()},
                 "optimizer/lr": result.lr,
                 "optimizer/grad_norm_backbone": float(result.backbone_grad_norm or 0.0),
-                **{f"optimizer/{name}": float(value) for name, value in result.measures.items()},
+                **{with_page(name): float(value) for name, value in result.measures.items()},
                 "optimizer/skipped_backbone": num_steps - num_updates,
                 **{f"optimizer/{name}": value for name, value in counts.items()},
                 **({"optimizer/loss_scale": scale["cur_scale"]} if scale else {}),
