@@ -154,7 +154,7 @@ def run(options: Options, context: runner.Context) -> None:
     files = write_hugging_face(options.out, image, pair)
     if not problem:
         files |= write_open_clip(options.out, image, pair)
-    files[CARD_NAME] = write_atomic(options.out / CARD_NAME, lambda file: file.write(content))
+    write_atomic(options.out / CARD_NAME, lambda file: file.write(content))  # not in the manifest: others edit it
     for name in OPTIONAL:
         if name not in files:  # of another export that was here
             remove_file(options.out / name)

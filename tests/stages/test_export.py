@@ -20,6 +20,7 @@ from torch import Tensor
 from mlcd_ds.encoders.base import PairEncoder
 from mlcd_ds.encoders.registry import load_pair_encoder
 from mlcd_ds.engine.weights import load_scale
+from mlcd_ds.objectives.pair_objective import Scale
 from mlcd_ds.stages.card_examples import FOLDER_LINE
 
 TOLERANCE = 1e-5  # of embeddings at unit length; measured 2.1e-7
@@ -229,6 +230,30 @@ def test_a_card_tells_data_training_and_figures(tmp_path: Path) -> None:
 
 
 # --- what does not fit
+
+
+def test_another_export_in_the_same_folder_leaves_nothing_behind(tmp_path: Path) -> None:
+    run, out = make_pair_run(tmp_path / "run"), tmp_path / "export"
+    export(run, out)
+    names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert {"tokenizer.json", "open_clip/tokenizer.json", "README.md"} < names and "projection.safetensors" not in names
+    assert "now towers='image'" in export(run, out, "--towers", "image", status=2)
+    (out / "README.md").write_text("edited")
+    load_pair_encoder(str(out))
+    assert "done already" in export(run, out)
+    export(run, out, "--towers", "image", "--overwrite")
+    left = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert left - names == {"projection.safetensors"}
+    gone = {f"{folder}{name}" for folder in ("", "open_clip/") for name in ("tokenizer.json", "tokenizer_config.json")}
+    assert names - left == gone
+    assert "done already" in export(run, out, "--towers", "image")
+    export(run, tmp_path / "dry", "--dry-run")
+    assert not (tmp_path / "dry").exists()
+
+
+def test_a_factor_beyond_its_bounds_is_the_bound() -> None:
+    scale = Scale(1000.0, (1.0, 100.0))
+    assert scale.log_factor.exp().item() == pytest.approx(100.0) == scale({})["scale"].item()
 
 
 def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
