@@ -55,7 +55,7 @@ from mlcd_ds.models.open_clip import WEIGHTS_NAME as OPEN_CLIP_MODEL
 from mlcd_ds.models.text import TextTower
 from mlcd_ds.models.vit import ViT
 from mlcd_ds.stages import runner
-from mlcd_ds.stages.model_card import CARD_NAME, Card, model_card
+from mlcd_ds.stages.model_card import CARD_NAME, REPORT_FIX, Card, model_card
 
 PROJECTION_NAME, TOKENIZER_CONFIG = "projection.safetensors", "tokenizer_config.json"
 OPTIONAL = (
@@ -111,21 +111,15 @@ def run(options: Options, context: runner.Context) -> None:
             f"{checkpoint}: the model has {image.config.num_registers} registers, which Hugging Face's CLIP and MLCD "
             f"and open_clip do not know: evaluate it with --model {options.run}, or train with model.num_registers=0."
         )
-    inputs = {"backbone": weights_checksum(checkpoint, options.weights)}
     pair = None
     if recipe.text and options.towers == "all":
         if problem := clip_problem(image.config, recipe.text):
             raise UserError(f"{checkpoint}: {problem}. Take the image tower alone: --towers image.")
         pair = Pair.of_run(options.run, checkpoint, options.weights)
-        inputs |= {name: weights_checksum(checkpoint, options.weights, name) for name in ("text", "objective")}
-        inputs["tokenizer"] = pair.tokenizer.fingerprint
-    if options.report:
-        with decoding(options.report, "--report takes the report.json of `mlcd evaluate`."):
-            inputs["report"] = sha256_of(options.report)
     wanted = ExportManifest(
         stage="export",
         parameters={"step": manifest.step, **options.model_dump(include={"weights", "towers", "license"})},
-        inputs=inputs,
+        inputs=inputs_of(options, checkpoint, pair),
         files={},
         versions=library_versions(),
         step=manifest.step,
@@ -159,6 +153,18 @@ def run(options: Options, context: runner.Context) -> None:
         if name not in files:  # of another export that was here
             remove_file(options.out / name)
     write_manifest(options.out, wanted.model_copy(update={"files": files}))
+
+
+def inputs_of(options: Options, checkpoint: Path, pair: Pair | None) -> dict[str, str]:
+    """Checksums of all that an export is made of."""
+    inputs = {"backbone": weights_checksum(checkpoint, options.weights)}
+    if pair:
+        inputs |= {name: weights_checksum(checkpoint, options.weights, name) for name in ("text", "objective")}
+        inputs["tokenizer"] = pair.tokenizer.fingerprint
+    if options.report:
+        with decoding(options.report, REPORT_FIX):
+            inputs["report"] = sha256_of(options.report)
+    return inputs
 
 
 def write_hugging_face(out: Path, image: ViT, pair: Pair | None) -> dict[str, FileRecord]:

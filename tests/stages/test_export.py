@@ -259,6 +259,8 @@ def test_a_factor_beyond_its_bounds_is_the_bound() -> None:
 def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
     run = make_pair_run(tmp_path / "rotary", model={"positions": "rope2d"})
     assert "learned positions and no registers" in export(run, tmp_path / "none", status=2)
+    ended_by_two = make_pair_run(tmp_path / "two", text={"end_token": 2})
+    assert "the end token has number 2, which a CLIPModel takes" in export(ended_by_two, tmp_path / "none", status=2)
     export(run, tmp_path / "image", "--towers", "image")
     assert json.loads((tmp_path / "image/config.json").read_text())["model_type"] == "mlcd"
     assert not (tmp_path / "image/open_clip").exists() and "no folder for open_clip" in (
