@@ -26,6 +26,16 @@ def decoding_memory(batch: int, image_size: int, decoded_pixels: int = DECODED_P
 
 
 @dataclass(frozen=True)
+class _Moment:
+    """Of a step: parameters whose backward pass is over, elements of gradients by trained tower, and bytes of
+    activations of a sample by label."""
+
+    done: int
+    gradients: list[int]
+    activations: dict[str, int]
+
+
+@dataclass(frozen=True)
 class TrainingMemory:
     """Bytes on a rank with AdamW, by tower and use.
 
@@ -117,42 +127,50 @@ class TrainingMemory:
         in_buckets = buffers.gradients * width if stage else 0
         if stage == 0 and self.layout.num_ranks > 1:
             in_buckets = min(buffers.gradients, total) * width
-        # fp32 copies for a reduction, also for the last one, which comes before the gradients' copies.
-        reduced = min(buffers.fp32_copies, total * (2 if stage == 3 else 1)) * 4 if self._is_short else 0
+        # fp32 copies of a full bucket for its reduction, also of the last one, before the gradients' copies.
+        copies_a_bucket = 2 if stage == 3 else 1
+        bucket = min(buffers.fp32_copies // copies_a_bucket, total) if self._is_short else 0
+        reduced = copies_a_bucket * bucket * 4
         earlier = [0] * len(owned)  # gradients of earlier micro-batches
         if stage == 3:
             earlier = owned
         elif num_micro_batches > 1:
             earlier = counts if stage == 1 else owned
 
-        for gradients, taken in self._passes(earlier, owned, is_held):
-            yield (
-                self._gradients(gradients)
-                | {"buckets of gradients": in_buckets + reduced if stage else 0}
-                | {f"{label}: activations": micro_batch * size for label, size in taken.items()}
+        def parts(moment: _Moment, in_fp32: int) -> dict[str, int]:
+            return (
+                self._gradients(moment.gradients)
+                | {"buckets of gradients": in_buckets + in_fp32 if stage else 0}
+                | {f"{label}: activations": micro_batch * size for label, size in moment.activations.items()}
             )
+
+        passes = self._passes(earlier, owned, is_held)
+        for moment in passes:
+            yield parts(moment, reduced if moment.done >= bucket else 0)
+        if bucket:
+            left_bytes = {label: size * (total - bucket) // total for label, size in passes[0].activations.items()}
+            yield parts(_Moment(bucket, earlier, left_bytes), reduced)
         yield self._gradients(owned) | {"buckets of gradients": in_buckets + reduced}
         copies = (sum(owned) * width if stage else 0) + (sum(owned) * 4 if self._is_short else 0)
         left = in_buckets if stage == 3 else 0
         yield self._gradients(owned) | {"buckets of gradients": left, "copies of gradients": copies}
 
-    def _passes(
-        self, earlier: list[int], owned: list[int], is_held: bool
-    ) -> Iterator[tuple[list[int], dict[str, int]]]:
-        """As each backward pass begins, and in the frozen towers' forward pass: elements of the trained towers'
-        gradients, and bytes of a sample by tower."""
+    def _passes(self, earlier: list[int], owned: list[int], is_held: bool) -> list[_Moment]:
+        """As each backward pass begins, and in the frozen towers' forward pass."""
         trained, inputs = self._trained, {tower.label: tower.input_bytes() for tower in self.towers}
         settings = self.precision, self.recompute, self.layout.tensor_parallel, self._has_autocast
         kept = [Activations(tower, *settings) for tower in trained]
+        found, done = [], 0
         after = [max(counts) for counts in zip(earlier, owned, strict=True)]
         for number in reversed(range(len(trained))):  # what ran last goes back first
             taken = dict(inputs)
             for tower, activations in zip(trained[: number + 1], kept, strict=False):
                 taken[tower.label] += activations.kept_bytes
             taken[trained[number].label] += kept[number].backward_bytes
-            yield earlier[: number + 1] + after[number + 1 :], taken
+            found.append(_Moment(done, earlier[: number + 1] + after[number + 1 :], taken))
+            done += trained[number].num_on_rank(self.layout.tensor_parallel)
         if len(trained) == len(self.towers):
-            return
+            return found
         taken = dict(inputs)
         for tower in self.towers:
             if tower.is_frozen:
@@ -160,7 +178,8 @@ class TrainingMemory:
         for tower, activations in zip(trained, kept, strict=True):
             taken[tower.label] += 0 if is_held else activations.kept_bytes
         # Of a batch as a whole they run before the first backward pass: only stage 3 then has room for gradients.
-        yield [0] * len(trained) if is_held and self.layout.zero_stage != 3 else earlier, taken
+        before = [0] * len(trained) if is_held and self.layout.zero_stage != 3 else earlier
+        return [*found, _Moment(0, before, taken)]
 
     def _gradients(self, elements: Sequence[int]) -> dict[str, int]:
         return {
