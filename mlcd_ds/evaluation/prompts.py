@@ -15,8 +15,8 @@ from mlcd_ds.errors import UserError
 TEMPLATES = Path(__file__).parent / "templates"
 NAMED_TEMPLATES = ("clip_80", "clip_7")
 PLACEHOLDER = "{}"
-NAMES_FIX = "--classes takes a JSON list of names, or a .txt file with one name a line, in the order of the labels."
-TEMPLATES_FIX = f"--templates takes {', '.join(NAMED_TEMPLATES)}, or a file with one template a line."
+NAMES_FIX = "Class names are a JSON list, or a .txt file with one a line, in the order of the labels."
+TEMPLATES_FIX = f"Templates are {', '.join(NAMED_TEMPLATES)}, or a file with one a line."
 
 
 def filled(template: str, name: str) -> str:
@@ -28,10 +28,10 @@ def read_names(path: Path) -> list[str]:
     """Class names in the order of the labels: a JSON list, or one a line of a .txt file."""
     names = _lines(path, NAMES_FIX) if path.suffix == ".txt" else read_json(path, NAMES_FIX)
     if not isinstance(names, list) or not names:
-        raise UserError(f"--classes {path} is no list of names. {NAMES_FIX}")
+        raise UserError(f"class names {path} is no list of names. {NAMES_FIX}")
     for number, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
-            raise UserError(f"--classes {path}: the name of label {number} is {str(name)[:50]!r}. {NAMES_FIX}")
+            raise UserError(f"class names {path}: the name of label {number} is {str(name)[:50]!r}. {NAMES_FIX}")
     return names
 
 
@@ -40,12 +40,12 @@ def read_templates(given: str) -> list[str]:
     path = TEMPLATES / f"{given}.txt" if given in NAMED_TEMPLATES else Path(given)
     templates = [line.replace("{c}", PLACEHOLDER) for line in _lines(path, TEMPLATES_FIX)]
     if not templates:
-        raise UserError(f"--templates {path} has no template. {TEMPLATES_FIX}")
+        raise UserError(f"templates {path} has no template. {TEMPLATES_FIX}")
     for number, template in enumerate(templates, 1):
         rest = template.replace(PLACEHOLDER, "")
         if rest == template or re.search("[{}]", rest):
             raise UserError(
-                f"--templates {path}: template {number}, {template[:80]!r}, must have {{}} (or {{c}}) where the name "
+                f"templates {path}: template {number}, {template[:80]!r}, must have {{}} (or {{c}}) where the name "
                 "goes, and no other braces."
             )
     return templates
