@@ -71,8 +71,8 @@ def monitored(group: Group, data: TinyData, folder: Path, labelled: Path) -> dic
 
 
 def test_every_layout_says_the_same(tiny_data: TinyData, labelled: Path, tmp_path: Path) -> None:
-    (alone,) = run_ranks(monitored, 1, tiny_data, tmp_path, labelled)
-    for found in (alone, *run_ranks(monitored, 2, tiny_data, tmp_path, labelled, timeout_s=300)):
+    (alone,) = run_ranks(monitored, 1, tiny_data, tmp_path / "1", labelled, timeout_s=300)
+    for found in (alone, *run_ranks(monitored, 2, tiny_data, tmp_path / "2", labelled, timeout_s=300)):
         for (name, stage, size), (before, after, accuracy) in found.items():
             expected = alone[name, 0, 1]
             if found is alone and (stage, size) == (0, 1):
