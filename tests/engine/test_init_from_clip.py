@@ -75,7 +75,7 @@ def test_both_towers_and_the_scale_are_the_models(released: tuple[Path, Any], gr
         told = model(pixel_values=pixels, input_ids=tokens)
         right = model.get_image_features(pixels).pooler_output, model.get_text_features(tokens).pooler_output
         for output, expected in zip(ours, right, strict=True):
-            assert (output - expected).abs().max() < TOLERANCE  # measured 1.5e-6
+            assert (output - expected).abs().max() < TOLERANCE  # measured 8.3e-7
         fresh = build_towers(recipe_from(folder), None, group).trained  # the known-bad twin: nothing filled
         assert (fresh["text"](tokens) - right[1]).abs().max() > 1e3 * TOLERANCE
     assert told.logits_per_image.isfinite().all()
