@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= cpu,demo,dev
 
-.PHONY: demo test lint setup help clean
+.PHONY: demo demo-text test lint setup help clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 setup: $(VENV)/.ready  ## install everything into .venv
 
@@ -18,6 +18,9 @@ $(VENV)/.ready: setup.cfg constraints.txt tools/setup.sh
 demo: setup  ## the whole pipeline on the pictures in demo/shards
 	$(BIN)/python demo/run.py $(DEMO_ARGS)
 
+demo-text: setup  ## CLIP and LiT on the same pictures and their captions, after `make demo`
+	$(BIN)/python demo/text.py $(DEMO_ARGS)
+
 test: setup  ## all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -27,4 +30,4 @@ lint: setup  ## style, imports and types
 	$(BIN)/mypy
 
 clean:  ## remove .venv and the demo's results
-	rm -rf $(VENV) runs/demo
+	rm -rf $(VENV) runs/demo runs/demo-text

@@ -29,7 +29,7 @@ from mlcd_ds.artefacts.manifest import write_manifest
 from mlcd_ds.config import load_recipe
 from mlcd_ds.data import reference
 from mlcd_ds.data.dali import EncodedBatch, EvaluationDecoder, ImageDecoder, WholeImages
-from mlcd_ds.data.fields import Labels
+from mlcd_ds.data.fields import Labels, TrainingData
 from mlcd_ds.data.label_store import LabelManifest, LabelStore
 from mlcd_ds.data.loader import AugmentConfig, StreamSlice, TrainLoader
 from mlcd_ds.data.order import SampleOrder
@@ -74,7 +74,7 @@ def step_waits() -> dict[str, int]:
 
 def demo_pictures(count: int) -> tuple[list[bytes], np.ndarray]:
     """JPEGs of the demo, and their heights and widths."""
-    images = [content for _, content in islice(loader_benchmark.source_pictures(), count)]
+    images = [content for _, content, _ in islice(loader_benchmark.source_pictures(), count)]
     return images, np.array([reference.decode(image).shape[:2] for image in images])
 
 
@@ -180,16 +180,16 @@ def loader() -> dict[str, object]:
     threads = min(8, os.cpu_count() or 1)
     result: dict[str, object] = {"threads": threads}
     with shards() as (_, index, labels):
-        fields = {"labels": Labels(LabelStore(labels, index))}
+        data = TrainingData(index, {"labels": Labels(LabelStore(labels, index))})
         order = SampleOrder(index.counts, 1, 512, 0)
         images, plain = StreamSlice((0,), batch, 1), AugmentConfig()
-        training = TrainLoader(index, fields, order, images, form, plain, DEVICE, threads)
+        training = TrainLoader(data, order, images, form, plain, DEVICE, threads)
         batches = training.batches(0)
         result["training_images_per_s"] = throughput(batches, batch)
         batches.close()
         training.close()
         jitter = AugmentConfig(color_jitter=0.4, hue_jitter=36)
-        coloured = TrainLoader(index, fields, order, images, form, jitter, DEVICE, threads)
+        coloured = TrainLoader(data, order, images, form, jitter, DEVICE, threads)
         batches = coloured.batches(0)
         result["training_images_per_s_with_colours"] = throughput(batches, batch)
         batches.close()

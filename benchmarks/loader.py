@@ -17,7 +17,6 @@ import random
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -31,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from mlcd_ds.artefacts.manifest import library_versions
-from mlcd_ds.data.fields import Labels
+from mlcd_ds.data.fields import DataField, Labels, TrainingData
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.loader import AugmentConfig, StreamSlice, TrainLoader
 from mlcd_ds.data.order import SampleOrder
@@ -51,21 +50,22 @@ def make_shards(folder: Path) -> list[Path]:
     paths = [folder / f"{number:05d}.tar" for number in range(NUM_SHARDS)]
     for path in paths:
         with webdataset.TarWriter(str(path)) as writer:
-            for key, content in islice(pictures, IMAGES_PER_SHARD):
+            for key, content, caption in islice(pictures, IMAGES_PER_SHARD):
                 image = Image.open(io.BytesIO(content)).convert("RGB").resize((STORED_SIZE, STORED_SIZE))
                 encoded = io.BytesIO()
                 image.save(encoded, "JPEG", quality=90)
-                writer.write({"__key__": f"{path.stem}-{key}", "jpg": encoded.getvalue()})
+                writer.write({"__key__": f"{path.stem}-{key}", "jpg": encoded.getvalue(), "txt": caption})
     return paths
 
 
-def source_pictures() -> Iterator[tuple[str, bytes]]:
-    """Keys and JPEGs of the demo."""
-    for source in SOURCES:
-        with tarfile.open(source) as archive:
-            for member in archive:
-                if member.name.endswith(".jpg") and (file := archive.extractfile(member)):
-                    yield Path(member.name).stem, file.read()
+def source_pictures() -> Iterator[tuple[str, bytes, str]]:
+    """Keys, JPEGs and captions of the demo; these are made as long as those of the web."""
+    for sample in webdataset.WebDataset([str(path) for path in SOURCES], shardshuffle=False):
+        yield (
+            sample["__key__"],
+            sample["jpg"],
+            f"{sample['txt'].decode()}, a drawing from a collection of free clip art",
+        )
 
 
 def label_shards(shards: Path, folder: Path) -> tuple[ShardIndex, LabelStore]:
@@ -83,14 +83,13 @@ def label_shards(shards: Path, folder: Path) -> tuple[ShardIndex, LabelStore]:
     return opened, LabelStore(labels, opened)
 
 
-def ours(index: ShardIndex, labels: LabelStore) -> Iterator[Tensor]:
-    """An epoch of the training loader's images."""
+def ours(index: ShardIndex, labels: LabelStore, **fields: DataField) -> Iterator[Tensor]:
+    """An epoch of the training loader's images, with labels and perhaps other fields."""
     order = SampleOrder(index.counts, 1, shuffle_window=512, seed=0)
     batch_slice = StreamSlice((0,), BATCH, 1)
     pixels, augment = clip_pixels(SIZE), AugmentConfig()
-    loader = TrainLoader(
-        index, {"labels": Labels(labels)}, order, batch_slice, pixels, augment, torch.device("cpu"), WORKERS
-    )
+    data = TrainingData(index, {"labels": Labels(labels), **fields})
+    loader = TrainLoader(data, order, batch_slice, pixels, augment, torch.device("cpu"), WORKERS)
     batches = loader.batches(0)
     for batch in islice(batches, NUM_BATCHES):
         yield batch.images_B3SS

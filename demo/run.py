@@ -74,15 +74,19 @@ def ds_config() -> str:
 
 
 def train(out: Path, overrides: list[str]) -> None:
+    """Train the backbone."""
+    folders = {"data.index": "index/train", "data.labels": "labels", "data.clusters": "clusters", "train.out": "train"}
+    launch_training("demo", [*(f"{key}={out / folder}" for key, folder in folders.items()), *overrides])
+
+
+def launch_training(recipe: str, overrides: list[str]) -> None:
     """Train with the deepspeed launcher, on at most two ranks: one a GPU, or one a core where there is none."""
     num_ranks = min(2, torch.cuda.device_count() or os.cpu_count() or 1)
     launcher = Path(sys.executable).with_name("deepspeed")
-    folders = {"data.index": "index/train", "data.labels": "labels", "data.clusters": "clusters", "train.out": "train"}
-    paths = [f"{key}={out / folder}" for key, folder in folders.items()]
     run(
         *(launcher, "--num_accelerators", num_ranks, "mlcd_ds/train.py"),
-        *("--deepspeed_config", f"ds_configs/{ds_config()}", "--recipe", "demo"),
-        *(*paths, *overrides),
+        *("--deepspeed_config", f"ds_configs/{ds_config()}", "--recipe", recipe),
+        *overrides,
         OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // num_ranks)),
         DS_ACCELERATOR="cuda" if torch.cuda.is_available() else "cpu",  # DeepSpeed would guess the same, and warn
     )

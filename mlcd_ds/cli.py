@@ -13,6 +13,7 @@ STAGES = {
     "embed": "embed the images with a frozen encoder",
     "cluster": "spherical k-means over the embeddings",
     "assign": "label every image with its nearest centres",
+    "tokenizer": "learn a small vocabulary from captions (CLIP's own comes with the package)",
     "train": "train a backbone on the labels (with the deepspeed launcher for many ranks)",
     "evaluate": "kNN and linear probe of a backbone",
     "export": "write the backbone as a Hugging Face folder",
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one stage; returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        lines = [f"  {name:10}{text}" for name, text in STAGES.items()]
+        lines = [f"  {name:11}{text}" for name, text in STAGES.items()]
         sys.stdout.write("usage: mlcd STAGE [options]\n\nStages, in order (mlcd STAGE --help explains each):\n")
         sys.stdout.write("\n".join(lines) + "\n")
         return 0 if argv else 2

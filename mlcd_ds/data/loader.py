@@ -20,7 +20,7 @@ from mlcd_ds.artefacts.typed import Frozen
 from mlcd_ds.data.colors import NUM_COLORS, random_colors, random_keys
 from mlcd_ds.data.crops import random_boxes
 from mlcd_ds.data.dali import EncodedBatch, EvaluationDecoder, ImageDecoder, WholeImages
-from mlcd_ds.data.fields import DataField
+from mlcd_ds.data.fields import TrainingData
 from mlcd_ds.data.order import SampleOrder
 from mlcd_ds.data.pixels import PixelFormat
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
@@ -52,8 +52,8 @@ class AugmentConfig(Frozen):
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch on the device: images fp32 [B, 3, S, S], fields [B, ...] by name; of each image its place in the
-    shard set, and the key of its noise, int64 [B]."""
+    """A micro-batch on the device: images fp32 [B, 3, S, S], fields [B, ...] by name; of each image its place among the
+    run's samples, and the key of its noise, int64 [B]."""
 
     images_B3SS: Tensor
     fields: Mapping[str, Tensor]
@@ -113,8 +113,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        index: ShardIndex,
-        fields: Mapping[str, DataField],
+        data: TrainingData,
         order: SampleOrder,
         batch_slice: StreamSlice,
         pixels: PixelFormat,
@@ -123,9 +122,9 @@ class TrainLoader:
         num_threads: int,
         prefetch: int = 2,
     ) -> None:
-        self._index, self._fields, self._order, self._batch_slice = index, fields, order, batch_slice
+        self._data, self._index, self._order, self._batch_slice = data, data.index, order, batch_slice
         self._augment, self._device, self._prefetch = augment, device, prefetch
-        self._reader = ShardReader(index)
+        self._reader = ShardReader(data.index)
         self._decoder = ImageDecoder(
             batch_slice.micro_batch // batch_slice.num_shares,
             pixels,
@@ -173,11 +172,11 @@ class TrainLoader:
         """Encoded images with their augmentation, fields and numbers of this rank's share of a micro-batch."""
         parts = [self._order.global_ids(*span) for span in self._batch_slice.spans(micro_batch)]
         ids, epochs = (np.concatenate(column)[self._batch_slice.loaded] for column in zip(*parts, strict=True))
-        shards, rows = self._order.locate(ids)
+        shards, places = self._order.locate(ids)
+        rows = self._data.rows(shards, places)
         samples = [self._index.samples(int(shard)) for shard in shards]
         images = [self._reader.read(int(s), t.image, int(r)) for s, t, r in zip(shards, samples, rows, strict=True)]
         sizes = np.stack([table.sizes_N2[row] for table, row in zip(samples, rows, strict=True)])
-        fields = {name: field.read(shards, rows) for name, field in self._fields.items()}
         boxes, flips = np.empty((len(ids), 4), np.int32), np.zeros(len(ids), np.int32)
         colors, noise_keys = np.empty((len(ids), NUM_COLORS), np.float32), np.empty(len(ids), np.int64)
         augment, seed = self._augment, self._order.seed
@@ -187,6 +186,7 @@ class TrainLoader:
             boxes[chosen], flips[chosen] = random_boxes(sizes[chosen], *draw, augment.crop_area, augment.crop_aspect)
             colors[chosen] = random_colors(*draw, augment.color_jitter, augment.hue_jitter)
             noise_keys[chosen] = random_keys(*draw)
+        fields = {name: field.read(shards, rows, noise_keys) for name, field in self._data.fields.items()}
         keys = [f"{self._index.shards[int(s)].path}:{t.keys[r]}" for s, t, r in zip(shards, samples, rows, strict=True)]
         flips = flips if self._augment.flip else np.zeros_like(flips)
         numbers_B2 = np.stack([ids.astype(np.int64), noise_keys], axis=1)

@@ -1,9 +1,9 @@
 """The index of a set of WebDataset shards: which samples there are, and where their members lie in the tars.
 
 `mlcd index` writes, per shard, a DALI index (`NAME.idx`, version 1.2: one line a sample, `ext offset bytes name` for
-each member), the pixel sizes of the images (`NAME.sizes.npy`) and the CRC-32 of what is read later (`NAME.crc32.npy`:
-image, caption, metadata). Unusable samples are in none of them. A sample's row in these files is its identity:
-embeddings and labels are stored in the same order.
+each member), the pixel sizes of the images (`NAME.sizes.npy`), the CRC-32 of what is read later (`NAME.crc32.npy`:
+image, caption, metadata), and which captions can be used (`NAME.captions.npy`). Unusable samples are in none of them.
+A sample's row in these files is its identity: embeddings and labels are stored in the same order.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from mlcd_ds.artefacts.manifest import (
 )
 from mlcd_ds.artefacts.readers import decoding, read_bytes
 from mlcd_ds.artefacts.typed import Frozen
+from mlcd_ds.data.captions import USABLE
 from mlcd_ds.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -43,23 +44,30 @@ class ShardEntry(Frozen):
     path: Path
     bytes: int
     num_images: int
+    num_captions: int | None = None  # that can be used; none in indexes of earlier versions
 
 
 ENDINGS = (".idx", ".sizes.npy", ".crc32.npy")  # of a shard's files
+CAPTIONS_ENDING = ".captions.npy"
 
 
 class IndexManifest(Manifest):
-    """Manifest of `mlcd index`. `dropped` counts the samples left out, per reason."""
+    """Manifest of `mlcd index`. `dropped` counts the samples left out, per reason; `captions` those kept without a
+    usable caption, per reason, and the captions that CLIP would cut. Earlier versions did not look at captions."""
 
     shards: list[ShardEntry]
     num_images: int
     num_captions: int
     dropped: dict[str, int]
+    captions: dict[str, int] | None = None
 
     def problem(self) -> str | None:
         """Shards that do not add up."""
         shards = [(shard.name, shard.num_images) for shard in self.shards]
-        return shards_problem(shards, self.num_images, self.files, ENDINGS)
+        endings = ENDINGS if self.captions is None else (*ENDINGS, CAPTIONS_ENDING)
+        if self.captions is not None and sum(shard.num_captions or 0 for shard in self.shards) != self.num_captions:
+            return f"its shards do not add up to the {self.num_captions} captions that it names"
+        return shards_problem(shards, self.num_images, self.files, endings)
 
 
 @dataclass(frozen=True)
@@ -181,6 +189,7 @@ class ShardIndex:
         self.num_images = self.manifest.num_images
         self.counts = np.array([shard.num_images for shard in self.shards], dtype=np.int64)
         self.samples = functools.lru_cache(maxsize=512)(self._read_samples)
+        self.captioned_rows = functools.lru_cache(maxsize=512)(self._read_captioned_rows)
 
     def _read_samples(self, shard: int) -> ShardSamples:
         entry = self.shards[shard]
@@ -191,6 +200,33 @@ class ShardIndex:
         content = read_bytes(self.folder / f"{name}.idx", fix, record)
         with decoding(self.folder / f"{name}.idx", fix):
             return ShardSamples(*parse_idx(content, crc_N3), sizes_N2)
+
+    def caption_counts(self) -> np.ndarray:
+        """int64 [number of shards]: samples with a usable caption. UserError where the index does not know them."""
+        if self.manifest.captions is None:
+            raise UserError(
+                f"{self.folder} was made by an earlier version, which did not look at captions: run `mlcd index "
+                f"--overwrite --out {self.folder}` and the stages after it."
+            )
+        if not self.manifest.num_captions:
+            told = ", ".join(f"{count} {reason}" for reason, count in self.manifest.captions.items() if count)
+            raise UserError(
+                f"{self.folder} indexes no usable caption ({told}): captions are the samples' .txt members, in UTF-8."
+            )
+        return np.array([shard.num_captions for shard in self.shards], dtype=np.int64)
+
+    def _read_captioned_rows(self, shard: int) -> np.ndarray:
+        """int64: rows of a shard's samples with a usable caption, ascending."""
+        entry = self.shards[shard]
+        name = f"{entry.name}{CAPTIONS_ENDING}"
+        states_N = output_array(self.folder, self.manifest, name, np.uint8, (entry.num_images,))
+        rows = np.flatnonzero(states_N == USABLE)
+        if len(rows) != entry.num_captions:
+            raise UserError(
+                f"{self.folder / name} has {len(rows)} usable captions, the manifest {entry.num_captions}. "
+                f"{remake('index', self.folder)}"
+            )
+        return rows
 
     def check_shards(self, rank: int = 0, num_ranks: int = 1) -> None:
         """Compare tars with the index: their sizes, and the headers of the first and the last indexed image.

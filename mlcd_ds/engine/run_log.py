@@ -3,7 +3,10 @@
 TensorBoard pages
   loss        the loss and its two terms
   optimizer   learning rate; gradient norms; steps skipped since the last entry, where the gradient of backbone or head
-              was not finite (in fp16 a high loss scale does that); the loss scale, where it is dynamic
+              was not finite (in fp16 a high loss scale does that); the loss scale, where it is dynamic; with two towers
+              the factor on cosines (logit_scale)
+  embeddings  their mean length before they are normalised, of a micro-batch of rank 0; with two towers the gap between
+              the modalities: the distance between the means of all images and all texts of a batch
   speed       images/s, TFLOP/s of a rank in the backbone's matmuls, MFU on known GPUs, share of time waiting for data;
               over all the time between entries, except for kNN
   time        seconds of a step of rank 0, and of its parts: see engine/step_clock.py

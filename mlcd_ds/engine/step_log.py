@@ -30,7 +30,7 @@ class StepResult:
     loss: Tensor
     loss_parts: dict[str, Tensor]
     backbone_grad_norm: Tensor | float | None
-    measures: dict[str, Tensor]  # what the objective's own step tells
+    measures: dict[str, Tensor]  # what the objective's own step tells, and the embeddings' lengths
     lr: float
 
 
@@ -41,6 +41,11 @@ class _Since:
     moment: float
     step: int
     num_updates: int
+
+
+def with_page(name: str) -> str:
+    """A measure's name with its TensorBoard page: the optimizer's, where it names none."""
+    return name if "/" in name else f"optimizer/{name}"
 
 
 class StepLog:
@@ -57,7 +62,7 @@ class StepLog:
         device: torch.device,
         first: int,
     ) -> None:
-        self._recipe, self._index, self._group, self._device = recipe, data.index, group, device
+        self._recipe, self._num_samples, self._group, self._device = recipe, data.num_samples, group, device
         self._state, self._objective, self._clock = state, objective, clock
         self._log = RunLog(recipe.train.out, first) if group.is_main else None
         if self._log and first == 0:
@@ -86,7 +91,7 @@ class StepLog:
                 **{f"loss/{name}": float(value) for name, value in result.loss_parts.items()},
                 "optimizer/lr": result.lr,
                 "optimizer/grad_norm_backbone": float(result.backbone_grad_norm or 0.0),
-                **{f"optimizer/{name}": float(value) for name, value in result.measures.items()},
+                **{with_page(name): float(value) for name, value in result.measures.items()},
                 "optimizer/skipped_backbone": num_steps - num_updates,
                 **{f"optimizer/{name}": value for name, value in counts.items()},
                 **({"optimizer/loss_scale": scale["cur_scale"]} if scale else {}),
@@ -96,7 +101,7 @@ class StepLog:
                 "speed/data_wait_share": waited_s / seconds,
                 **{f"time/{part}_s": value for part, value in times.items()},
                 "memory/peak_mb": peak_memory_mb(self._device),
-                "progress/epoch": done * recipe.train.global_batch / self._index.num_images,
+                "progress/epoch": done * recipe.train.global_batch / self._num_samples,
             },
         )
         self.steps.set_postfix(loss=f"{float(result.loss):.3f}")

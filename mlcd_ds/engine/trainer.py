@@ -71,6 +71,7 @@ class Trainer:
         self.engine = initialize_engine(towers, optimizer, ds_config)
         self.dtype = next(self.engine.module.parameters()).dtype
         self.tower_names = towers.names
+        self.norms: dict[str, Tensor] = {}  # of embeddings, before they are normalised: means of a micro-batch's
         self.objective = kind(recipe, data, self.groups, device)
         if start:
             notes += start.fill_objective(self.objective)
@@ -91,14 +92,13 @@ class Trainer:
     def batches(self, first: int) -> Generator[Batch, None, None]:
         """Micro-batches of the steps from `first` to the last, each phase at its resolution."""
         data, train = self.recipe.data, self.recipe.train
-        order = SampleOrder(self.data.index.counts, data.num_streams, data.shuffle_window, train.seed)
+        order = SampleOrder(self.data.counts, data.num_streams, data.shuffle_window, train.seed)
         for phase in phases(self.recipe):
             begin, pixels = max(first, phase.begin), clip_pixels(phase.image_size)
             if begin >= phase.end:
                 continue
-            index, fields = self.data.index, self.data.fields
             loader = TrainLoader(
-                index, fields, order, self.batch_slice, pixels, data.augment, self.device, data.num_threads
+                self.data, order, self.batch_slice, pixels, data.augment, self.device, data.num_threads
             )
             batches = loader.batches(begin)
             try:
@@ -133,7 +133,7 @@ class Trainer:
         parts = {name: torch.stack([given.parts[name] for given in all_given]).mean() for name in all_given[0].parts}
         loss = torch.stack([given.loss for given in all_given]).mean()
         clock.mark("other")
-        return StepResult(loss, parts, backbone_norm, measures, lr)
+        return StepResult(loss, parts, backbone_norm, measures | self.norms, lr)
 
     def _learn_by_micro_batch(self, batches: Iterator[Batch], token_drop: float) -> tuple[list[Given], Norm]:
         """The objective is called for each micro-batch: the loss is the mean of theirs."""
@@ -186,7 +186,11 @@ class Trainer:
     def _forward(self, inputs: dict[str, Tensor], noise: TrainingNoise) -> dict[str, Tensor]:
         """The towers' embeddings at unit length, fp32 [B, E], and what the objective's module adds."""
         outputs = self.engine(noise, **inputs)
-        return outputs | {name: F.normalize(outputs[name].float(), dim=1) for name in self.tower_names}
+        embedded = {name: outputs[name].float() for name in self.tower_names}
+        self.norms = {
+            f"embeddings/norm_{name}": emb_BE.detach().norm(dim=1).mean() for name, emb_BE in embedded.items()
+        }
+        return outputs | {name: F.normalize(emb_BE, dim=1) for name, emb_BE in embedded.items()}
 
     @torch.inference_mode()
     def _frozen_outputs(self, batch: Batch) -> dict[str, Tensor]:

@@ -48,10 +48,8 @@ class Clip(PairObjective):
 
     @torch.no_grad()
     def __call__(self, outputs: Mapping[str, Tensor], fields: Mapping[str, Tensor], weight: float = 1.0) -> Given:
-        """Collectives: those of `Pairs`; two all-reduces of [G]; one of the loss's two parts."""
-        scale = outputs["scale"].detach()
-        self._measures = {"logit_scale": scale}
-        parts, gradients = clip_loss(self.pairs(outputs, scale))
+        """Collectives: those of `pairs`; two all-reduces of [G]; one of the loss's two parts."""
+        parts, gradients = clip_loss(self.pairs(outputs, outputs["scale"].detach()))
         return Given(parts.sum(), {"image": parts[0], "text": parts[1]}, gradients)
 
 

@@ -89,9 +89,11 @@ class PairObjective(Objective):
         return Need({"loss: during a step": sum(memory.values())}, sent, "the loss", flops)
 
     def pairs(self, outputs: Mapping[str, Tensor], scale: Tensor) -> Pairs:
-        """Of the towers' outputs."""
+        """Of the towers' outputs; notes how far apart the modalities are. Collectives: those of `Pairs`, and `gap`."""
         image_BE, text_BE = outputs["image"].detach(), outputs["text"].detach()
-        return Pairs(image_BE, text_BE, scale, self.group, self.matmul, self._wanted)
+        pairs = Pairs(image_BE, text_BE, scale, self.group, self.matmul, self._wanted)
+        self._measures = {"logit_scale": scale, "embeddings/modality_gap": pairs.gap()}
+        return pairs
 
     def step(self, lr: float) -> dict[str, Tensor]:
         return self._measures

@@ -78,6 +78,12 @@ class Pairs:
         if "text" in self._wanted:
             self.matmul.add(self._text_grad_GE[texts], slopes_bg.T, self._cast_BE[images])
 
+    def gap(self) -> Tensor:
+        """Between the modalities: the distance of the means of all images and all texts (arXiv 2203.02053). One
+        all-reduce of [E]."""
+        image_E = self.group.all_reduce_sum(self.image_BE.sum(dim=0)) / self.num_pairs
+        return (image_E - self._text_GE.to(image_E.dtype).mean(dim=0)).norm()
+
     def gradients(self) -> dict[str, Tensor]:
         """Of `image` and `text` [B, E], where they are wanted, complete; of `scale` this rank's share."""
         found = {}

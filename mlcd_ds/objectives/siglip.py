@@ -46,10 +46,10 @@ class Siglip(PairObjective):
 
     @torch.no_grad()
     def __call__(self, outputs: Mapping[str, Tensor], fields: Mapping[str, Tensor], weight: float = 1.0) -> Given:
-        """Collectives: those of `Pairs`; an all-reduce of the loss's two parts."""
-        scale, bias = outputs["scale"].detach(), outputs["bias"].detach()
-        self._measures = {"logit_scale": scale, "logit_bias": bias}
-        parts, gradients = siglip_loss(self.pairs(outputs, scale), bias)
+        """Collectives: those of `pairs`; an all-reduce of the loss's two parts."""
+        bias = outputs["bias"].detach()
+        parts, gradients = siglip_loss(self.pairs(outputs, outputs["scale"].detach()), bias)
+        self._measures["logit_bias"] = bias
         return Given(parts.sum(), {"other_pairs": parts[0], "own_pairs": parts[1]}, gradients)
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mlcd_ds.artefacts.typed import MAX_THREADS, FilePath, Frozen, free_field
+from mlcd_ds.data.captions import CaptionForm
 from mlcd_ds.data.loader import AugmentConfig
 from mlcd_ds.heads.partial_fc import HeadConfig
 from mlcd_ds.models.text import TextConfig
@@ -20,11 +21,17 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataConfig(Frozen):
-    """Where images and labels come from, and in which order."""
+    """Where images, labels and texts come from, and in which order."""
 
     index: FilePath | None = free_field(None, description="folder of `mlcd index`")
     labels: FilePath | None = free_field(None, description="folder of `mlcd assign`")
     clusters: FilePath | None = free_field(None, description="folder of `mlcd cluster`; head.init=centers reads it")
+    tokenizer: str = free_field(
+        "clip", description="of texts: clip, or a folder with a tokenizer.json (`mlcd tokenizer`, Hugging Face)"
+    )
+    captions: CaptionForm = Field(
+        "whole", description="a sample's .txt is one caption; or lines: one each, of which a step takes one at random"
+    )
     augment: AugmentConfig = AugmentConfig()
     knn_index: FilePath | None = free_field(
         None, description="folder of `mlcd index` with labelled images, for train.knn_every"

@@ -1,8 +1,9 @@
 """Index WebDataset shards: find every usable sample, and every bad one, once.
 
 Each image is decoded by DALI, the decoder that training uses, so that a broken one is found here and never later.
-Writes, per shard, a DALI index (`NAME.idx`), the image sizes and checksums, and for the set `dropped.json`: which
-samples were left out, and why. The shards themselves are only read.
+Captions are looked at too: what objectives over texts leave out is counted. Writes, per shard, a DALI index
+(`NAME.idx`), the image sizes, checksums and usable captions, and for the set `dropped.json`: which samples were left
+out, and why. The shards themselves are only read.
 
   mlcd index --shards 'laion/part-*/*.tar' --out runs/laion/index
   srun mlcd index ...        the same, with the shards dealt over the tasks
@@ -32,8 +33,10 @@ from mlcd_ds.artefacts.files import FileRecord, write_array, write_atomic, write
 from mlcd_ds.artefacts.manifest import library_versions, write_manifest
 from mlcd_ds.artefacts.readers import brief
 from mlcd_ds.artefacts.typed import MAX_THREADS
+from mlcd_ds.data.captions import REASONS, USABLE, caption_state, caption_text
 from mlcd_ds.data.dali import decoded_sizes
 from mlcd_ds.data.shard_index import (
+    CAPTIONS_ENDING,
     TAR_BLOCK,
     IndexManifest,
     Member,
@@ -42,12 +45,14 @@ from mlcd_ds.data.shard_index import (
     member_kind,
     split_name,
 )
+from mlcd_ds.data.tokenizers import CLIP_CONTEXT, Tokenizer, clip_tokenizer
 from mlcd_ds.errors import UserError
 from mlcd_ds.stages import runner
 from mlcd_ds.stages.per_shard import for_each_shard, work_key
 
 DECODE_BATCH = 128
 RESERVED_NAMES = ("sizes", "centers")
+LONG = f"over {CLIP_CONTEXT} tokens"  # of CLIP's: such captions are used, and cut
 DECODE_BYTES = 20_000_000  # of encoded images: bounds the memory that a batch of large photographs takes
 
 
@@ -92,12 +97,14 @@ def stamp_of(path: Path) -> tuple[int, int] | None:
 
 
 class Sample:
-    """Members of one key in the order of the tar, the image's bytes, and the CRC-32 of image, caption and metadata."""
+    """Members of one key in the order of the tar, the bytes of image and caption, and the CRC-32 of image, caption and
+    metadata."""
 
     def __init__(self, key: str) -> None:
         self.key = key
         self.members: list[Member] = []
         self.image: bytes | None = None
+        self.caption: bytes | None = None
         self.crcs = [0, 0, 0]
         self.is_sparse = False
 
@@ -161,6 +168,8 @@ def add_member(sample: Sample, archive: tarfile.TarFile, info: tarfile.TarInfo, 
         sample.crcs[kind] = zlib.crc32(content)
         if kind == 0:
             sample.image = content
+        elif kind == 1:
+            sample.caption = content
 
 
 def readable(name: str) -> str:
@@ -197,15 +206,16 @@ def header_problem(sample: Sample, seen: set[str], max_pixels: float) -> str | N
 class ShardScan:
     """Goes through one tar: collects the usable samples with their sizes, and the reasons for the others."""
 
-    def __init__(self, options: Options) -> None:
-        self._options = options
+    def __init__(self, options: Options, tokenizer: Tokenizer) -> None:
+        self._options, self._tokenizer = options, tokenizer
         self._pending: list[Sample] = []
         self._pending_bytes = 0
         self.usable: list[list[Member]] = []
         self.sizes: list[tuple[int, int]] = []
         self.crcs: list[list[int]] = []
         self.dropped: list[tuple[str, str]] = []
-        self.num_captions = 0
+        self.caption_states: list[int] = []
+        self.num_long = 0
 
     def run(self, path: Path) -> None:
         """Scan all samples of a tar; tarfile.TarError and OSError pass through."""
@@ -223,6 +233,7 @@ class ShardScan:
         self._decode()
 
     def _decode(self) -> None:
+        texts: list[str] = []
         sizes = decoded_sizes([sample.image or b"" for sample in self._pending], self._options.num_threads)
         for sample, size in zip(self._pending, sizes, strict=True):
             if size is None:
@@ -231,18 +242,26 @@ class ShardScan:
             self.usable.append(sample.members)
             self.sizes.append(size)
             self.crcs.append(sample.crcs)
-            self.num_captions += any(member.extension == "txt" for member in sample.members)
+            self.caption_states.append(caption_state(sample.caption))
+            if sample.caption is not None and self.caption_states[-1] == USABLE:
+                texts.append(caption_text(sample.caption))
+        self.num_long += sum(length > CLIP_CONTEXT for length in self._tokenizer.lengths(texts))
         self._pending.clear()
         self._pending_bytes = 0
 
+    def caption_counts(self) -> dict[str, int]:
+        """Samples without a usable caption by reason, and captions of more than CLIP's tokens."""
+        counts = {reason: self.caption_states.count(state) for state, reason in REASONS.items()}
+        return counts | {LONG: self.num_long}
+
 
 def index_shard(
-    name: str, path: Path, stamp: tuple[int, int] | None, options: Options
+    name: str, path: Path, stamp: tuple[int, int] | None, options: Options, tokenizer: Tokenizer
 ) -> tuple[dict[str, FileRecord], dict[str, Any]]:
     """Index one tar. A tar that cannot be read to its end gives no files and a summary that says why."""
     if stamp is None:
         return {}, {"unreadable": f"{path}: not a regular file"}
-    scan = ShardScan(options)
+    scan = ShardScan(options, tokenizer)
     try:
         scan.run(path)
     except (tarfile.TarError, EOFError, OSError) as error:
@@ -256,9 +275,13 @@ def index_shard(
         f"{name}.idx": write_atomic(folder / f"{name}.idx", lambda file: file.write(format_idx(scan.usable))),
         f"{name}.sizes.npy": write_array(folder / f"{name}.sizes.npy", sizes_N2),
         f"{name}.crc32.npy": write_array(folder / f"{name}.crc32.npy", crc_N3),
+        f"{name}{CAPTIONS_ENDING}": write_array(
+            folder / f"{name}{CAPTIONS_ENDING}", np.array(scan.caption_states, dtype=np.uint8)
+        ),
     }
-    summary = {"num_images": len(scan.usable), "num_captions": scan.num_captions, "dropped": scan.dropped}
-    return files, {**summary, "bytes": stamp[0]}
+    num_captions = scan.caption_states.count(USABLE)
+    summary = {"num_images": len(scan.usable), "num_captions": num_captions, "dropped": scan.dropped}
+    return files, {**summary, "captions": scan.caption_counts(), "bytes": stamp[0]}
 
 
 def run(options: Options, context: runner.Context) -> None:
@@ -268,7 +291,7 @@ def run(options: Options, context: runner.Context) -> None:
         mode="json", exclude={"out", "dry_run", "overwrite", "num_threads", "shards", "skip_unreadable_shards"}
     )
     stamps = {name: stamp_of(path) for name, path in paths.items()}
-    keys = {name: work_key("index", parameters, paths[name], stamp) for name, stamp in stamps.items()}
+    keys = {name: work_key("index 2", parameters, paths[name], stamp) for name, stamp in stamps.items()}
     parameters["shards"] = work_key(keys)  # other, moved or changed shards make this other work
     wanted = IndexManifest(
         stage="index",
@@ -287,11 +310,12 @@ def run(options: Options, context: runner.Context) -> None:
     runner.logger.info("index: %d shards, %.1f MB -> %s", len(paths), num_bytes / 1e6, options.out)
     if options.dry_run:
         return
+    tokenizer = clip_tokenizer()
     notes = for_each_shard(
         context,
         options.out,
         keys,
-        lambda name: index_shard(name, paths[name], stamps[name], options),
+        lambda name: index_shard(name, paths[name], stamps[name], options, tokenizer),
         what="index",
         redo=options.overwrite,
     )
@@ -316,9 +340,12 @@ def write_index_manifest(
     files = {name: record for note in notes.values() for name, record in note.files.items()}
     files["dropped.json"] = write_json(options.out / "dropped.json", {"shards": unreadable, "samples": dropped})
     shards = [
-        ShardEntry(name=n, path=paths[n], bytes=note.summary["bytes"], num_images=note.summary["num_images"])
+        ShardEntry(name=n, path=paths[n], **{k: note.summary[k] for k in ("bytes", "num_images", "num_captions")})
         for n, note in notes.items()
     ]
+    captions: Counter[str] = Counter()
+    for note in notes.values():
+        captions.update(note.summary["captions"])
     num_images = sum(shard.num_images for shard in shards)
     if num_images == 0:
         raise UserError(f"no usable image in {len(shards)} shards: see {options.out / 'dropped.json'}.")
@@ -329,11 +356,17 @@ def write_index_manifest(
             "num_images": num_images,
             "num_captions": sum(note.summary["num_captions"] for note in notes.values()),
             "dropped": dict(reasons),
+            "captions": dict(captions),
         }
     )
     write_manifest(options.out, manifest)
-    told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "none"
-    runner.logger.info("index: %d images, %d with captions; dropped: %s", num_images, manifest.num_captions, told)
+    runner.logger.info("index: %d images; dropped: %s", num_images, _told(reasons))
+    runner.logger.info("index: %d usable captions; others: %s", manifest.num_captions, _told(captions))
+
+
+def _told(counts: Counter[str]) -> str:
+    """Counts in words, the largest first."""
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common() if count) or "none"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import torch
 
+from mlcd_ds.artefacts.files import write_atomic
 from mlcd_ds.config import Recipe, dump_recipe, load_recipe, recipe_names
 from mlcd_ds.data.loader import StreamSlice
+from mlcd_ds.data.tokenizers import TOKENIZER_NAME
 from mlcd_ds.distributed.ds_config import check_filled_config, read_ds_config
 from mlcd_ds.distributed.stopping import EXIT_REQUEUE, StopRequest
 from mlcd_ds.engine.engine_config import read_layout, resolve_ds_config
@@ -74,7 +76,7 @@ def describe(
         lines.append(f"# data: a real run needs {keys}, not given here")
     else:
         data, kind = open_data(recipe, context.group), kind_of(recipe.objective)
-        lines.append(f"# data: {data.index.num_images} images")
+        lines.append(f"# data: {data.num_samples} samples of {data.index.num_images} images")
         lines += [f"# {line}" for line in kind.describe(recipe, data, layout.num_ranks, layout.tensor_parallel)]
         if start := find_start(recipe, data, context.group):
             lines.append(
@@ -124,6 +126,9 @@ def train(
         out,
         out,
     )
+    if context.group.is_main and data.tokenizer:  # export and evaluation read it here
+        content = data.tokenizer.to_json().encode()
+        write_atomic(out / TOKENIZER_NAME, lambda file: file.write(content))
     if not Trainer(recipe, ds_config, layout, data, context.group, context.device).fit(stop):
         runner.logger.info("train: asked to stop; a checkpoint is saved. Start again to go on.")
         return EXIT_REQUEUE

@@ -21,7 +21,7 @@ from shard_maker import (
 from mlcd_ds.data import reference
 from mlcd_ds.data.crops import random_boxes
 from mlcd_ds.data.dali import EncodedBatch
-from mlcd_ds.data.fields import Labels
+from mlcd_ds.data.fields import Labels, TrainingData
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.loader import AugmentConfig, Batch, StreamSlice, TrainLoader
 from mlcd_ds.data.order import SampleOrder, mix64, uniforms
@@ -248,8 +248,7 @@ def load(
 ) -> list[Batch]:
     index = ShardIndex(painted.index)
     loader = TrainLoader(
-        index,
-        {"labels": Labels(LabelStore(painted.labels, index))},
+        TrainingData(index, {"labels": Labels(LabelStore(painted.labels, index))}),
         SampleOrder(index.counts, NUM_STREAMS, 8, seed=1),
         part,
         pixels,
@@ -317,7 +316,7 @@ def test_pixels_are_those_of_the_plain_loader(tmp_path: Path, flip: bool) -> Non
     files = [sample["jpg"] for shard in shards for sample in read_independently(shard)]
     order, part, pixels = SampleOrder(index.counts, NUM_STREAMS, 8, seed=1), slice_of(1, 3), clip_pixels(32)
     augment = AugmentConfig(crop_area=AREA, crop_aspect=ASPECT, flip=flip)
-    loader = TrainLoader(index, {}, order, part, pixels, augment, torch.device("cpu"), 1)
+    loader = TrainLoader(TrainingData(index, {}), order, part, pixels, augment, torch.device("cpu"), 1)
     batches = loader.batches(first_step=1)
     images = next(batches).images_B3SS
     batches.close()

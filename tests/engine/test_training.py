@@ -17,7 +17,7 @@ from distributed_harness import TinyData, assert_close, assert_differs, quiet_en
 from torch import Tensor
 from training_runs import DS_CONFIG, checkpoints, curves, final_weights, start, tiny_recipe, write_recipe
 
-from mlcd_ds.data.fields import Labels
+from mlcd_ds.data.fields import Labels, TrainingData
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.loader import AugmentConfig, StreamSlice, TrainLoader
 from mlcd_ds.data.order import SampleOrder
@@ -135,7 +135,7 @@ def plain_loop(data: TinyData, num_steps: int, lr: float, head_clip_norm: float,
     part = StreamSlice(tuple(range(6)), 4, 1)
     augment = AugmentConfig(**recipe["data"]["augment"])
     loader = TrainLoader(
-        index, {"labels": Labels(labels)}, order, part, clip_pixels(32), augment, torch.device("cpu"), 1
+        TrainingData(index, {"labels": Labels(labels)}), order, part, clip_pixels(32), augment, torch.device("cpu"), 1
     )
     backbone = ViT(ViTConfig(**recipe["model"]))
     backbone.init_weights(torch.Generator().manual_seed(seed))

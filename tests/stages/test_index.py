@@ -28,6 +28,7 @@ from wds2idx import IndexCreator
 
 from mlcd_ds.artefacts.manifest import read_manifest
 from mlcd_ds.data.shard_index import (
+    CAPTIONS_ENDING,
     ENDINGS,
     IndexManifest,
     ShardIndex,
@@ -384,7 +385,7 @@ def test_an_interrupted_run_goes_on_shard_by_shard(three_shards: Path) -> None:
     assert fingerprint(out) == wanted and set(after) == set(before)
     redone = {name for name in after if after[name] != before[name]}
     assert redone == {"manifest.json", "dropped.json"} | {
-        f"{shard}{ending}" for shard in (1, 2) for ending in ENDINGS
+        f"{shard}{ending}" for shard in (1, 2) for ending in (*ENDINGS, CAPTIONS_ENDING)
     } | {".done/1.json", ".done/2.json"}
 
 
