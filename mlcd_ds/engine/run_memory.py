@@ -124,64 +124,88 @@ class TrainingMemory:
         """What else there is at the moments of a step that may be the fullest."""
         stage, width, buffers, counts = self.layout.zero_stage, self._width, self.buffers, self._counts
         owned, total = [self._part(count) for count in counts], sum(counts)
-        in_buckets = buffers.gradients * width if stage else 0
+        # At stage 3 a bucket has the precision in which gradients travel.
+        bucket = min(buffers.in_fp32, total) if self._is_short else 0
+        in_buckets = buffers.gradients * (4 if stage == 3 and bucket else width) if stage else 0
         if stage == 0 and self.layout.num_ranks > 1:
             in_buckets = min(buffers.gradients, total) * width
-        # fp32 copies of a full bucket for its reduction, also of the last one, before the gradients' copies.
-        copies_a_bucket = 2 if stage == 3 else 1
-        bucket = min(buffers.fp32_copies // copies_a_bucket, total) if self._is_short else 0
-        reduced = copies_a_bucket * bucket * 4
+        # Copies of a full bucket: in fp32, and with the parts of several ranks put together.
+        reduced = bucket * (4 + (width if stage != 3 and self.layout.data_parallel > 1 else 0))
         earlier = [0] * len(owned)  # gradients of earlier micro-batches
         if stage == 3:
             earlier = owned
         elif num_micro_batches > 1:
             earlier = counts if stage == 1 else owned
 
-        def parts(moment: _Moment, in_fp32: int) -> dict[str, int]:
+        def parts(moment: _Moment) -> dict[str, int]:
+            gradients, copied = moment.gradients, reduced if moment.done >= bucket else 0
+            if copied and stage == 1:
+                gradients = _without_last(gradients, bucket)  # they are in the bucket
             return (
-                self._gradients(moment.gradients)
-                | {"buckets of gradients": in_buckets + in_fp32 if stage else 0}
+                self._gradients(gradients)
+                | {"buckets of gradients": in_buckets + copied if stage else 0}
                 | {f"{label}: activations": micro_batch * size for label, size in moment.activations.items()}
             )
 
-        passes = self._passes(earlier, owned, is_held)
-        for moment in passes:
-            yield parts(moment, reduced if moment.done >= bucket else 0)
+        for moment in self._passes(earlier, owned, is_held):
+            yield parts(moment)
         if bucket:
-            left_bytes = {label: size * (total - bucket) // total for label, size in passes[0].activations.items()}
-            yield parts(_Moment(bucket, earlier, left_bytes), reduced)
-        yield self._gradients(owned) | {"buckets of gradients": in_buckets + reduced}
+            yield parts(_Moment(bucket, earlier, self._activations(bucket)))
+        yield self._gradients(owned) | {"buckets of gradients": in_buckets}
         copies = (sum(owned) * width if stage else 0) + (sum(owned) * 4 if self._is_short else 0)
         left = in_buckets if stage == 3 else 0
         yield self._gradients(owned) | {"buckets of gradients": left, "copies of gradients": copies}
 
     def _passes(self, earlier: list[int], owned: list[int], is_held: bool) -> list[_Moment]:
         """As each backward pass begins, and in the frozen towers' forward pass."""
-        trained, inputs = self._trained, {tower.label: tower.input_bytes() for tower in self.towers}
-        settings = self.precision, self.recompute, self.layout.tensor_parallel, self._has_autocast
-        kept = [Activations(tower, *settings) for tower in trained]
-        found, done = [], 0
-        after = [max(counts) for counts in zip(earlier, owned, strict=True)]
-        for number in reversed(range(len(trained))):  # what ran last goes back first
-            taken = dict(inputs)
-            for tower, activations in zip(trained[: number + 1], kept, strict=False):
-                taken[tower.label] += activations.kept_bytes
-            taken[trained[number].label] += kept[number].backward_bytes
-            found.append(_Moment(done, earlier[: number + 1] + after[number + 1 :], taken))
-            done += trained[number].num_on_rank(self.layout.tensor_parallel)
+        trained, counts = self._trained, self._counts
+        after = [max(sizes) for sizes in zip(earlier, owned, strict=True)]
+        found = []
+        for number in reversed(range(len(trained))):
+            done = sum(counts[number + 1 :])
+            found.append(_Moment(done, earlier[: number + 1] + after[number + 1 :], self._activations(done)))
         if len(trained) == len(self.towers):
             return found
-        taken = dict(inputs)
+        taken = self._inputs
         for tower in self.towers:
             if tower.is_frozen:
                 taken[tower.label] += Activations(tower, self.precision).inference_bytes
-        for tower, activations in zip(trained, kept, strict=True):
-            taken[tower.label] += 0 if is_held else activations.kept_bytes
+            elif not is_held:
+                taken[tower.label] += self._kept(tower).kept_bytes
         # Of a batch as a whole they run before the first backward pass: only stage 3 then has room for gradients.
         before = [0] * len(trained) if is_held and self.layout.zero_stage != 3 else earlier
         return [*found, _Moment(0, before, taken)]
+
+    @property
+    def _inputs(self) -> dict[str, int]:
+        """Bytes of a sample's inputs, by tower."""
+        return {tower.label: tower.input_bytes() for tower in self.towers}
+
+    def _kept(self, tower: PlannedTower) -> Activations:
+        return Activations(tower, self.precision, self.recompute, self.layout.tensor_parallel, self._has_autocast)
+
+    def _activations(self, done: int) -> dict[str, int]:
+        """Bytes of a sample by tower when the backward pass of so many parameters is over; what ran last goes first."""
+        taken, is_under_way = self._inputs, False
+        left_of_each = _without_last(self._counts, done)
+        for tower, count, left in reversed([*zip(self._trained, self._counts, left_of_each, strict=True)]):
+            kept = self._kept(tower)
+            taken[tower.label] += kept.kept_bytes * left // count
+            if left and not is_under_way:
+                taken[tower.label] += kept.backward_bytes
+                is_under_way = True
+        return taken
 
     def _gradients(self, elements: Sequence[int]) -> dict[str, int]:
         return {
             f"{tower.label}: gradients": size * self._width for tower, size in zip(self._trained, elements, strict=True)
         }
+
+
+def _without_last(sizes: list[int], taken: int) -> list[int]:
+    """What is left of some sizes when so much is taken away, from the last on."""
+    left = []
+    for size in reversed(sizes):
+        left.append(size - min(size, taken))
+        taken -= min(size, taken)
+    return left[::-1]

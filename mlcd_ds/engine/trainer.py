@@ -58,6 +58,8 @@ class Trainer:
         self.layout, self.groups = layout, ParallelGroups(group, layout.tensor_parallel)
         self.batch_slice = plan_batches(recipe, layout, group.rank)
         self.factors = GradientFactors.of(self.batch_slice.num_micro_batches, layout.data_parallel)
+        size = self.batch_slice.micro_batch
+        self.monitors = build_monitors(recipe, data, self.embed, size, layout, group, device)
         kind = kind_of(recipe.objective)
         self.is_whole = kind.needs_whole_batch and self.batch_slice.num_micro_batches > 1
         start = find_start(recipe, data, group)
@@ -82,8 +84,6 @@ class Trainer:
         self.state = engine_state(self.engine)
         if recipe.train.ema_decay:
             self.state.begin_average()
-        size = self.batch_slice.micro_batch
-        self.monitors = build_monitors(recipe, data, self.embed, size, layout, group, device)
         self.checkpointer = Checkpointer(
             recipe, layout, self.state, self.objective, self.groups, data.inputs, ds_config, built.records
         )

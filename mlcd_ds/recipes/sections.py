@@ -90,8 +90,8 @@ class TrainConfig(Frozen):
     out: FilePath = free_field(Path("runs/train"), description="folder of the run")
     init_from: FilePath | None = Field(
         None,
-        description="what the run starts from: another run, or a checkpoint of one, backbone and head; or a Hugging "
-        "Face folder (CLIP, MLCD, or `mlcd export`'s), the backbone alone",
+        description="what the run starts from: another run, or a checkpoint of one, towers and head; or a folder of "
+        "Hugging Face or open_clip (CLIP, MLCD, or `mlcd export`'s): the towers that it has",
     )
     steps: int = free_field(when="rates", ge=1, le=10**9, description="optimizer steps")
     global_batch: int = Field(ge=1, le=2**20, description="images a step, over all ranks")
