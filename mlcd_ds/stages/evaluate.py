@@ -140,11 +140,11 @@ class Evaluation:
             check(train)
         for part in (train, test):
             refuse_not_finite(part.features_nD, ranks, f"{options.model} gives features")
+        names = self._names_of(num_classes)
         outcomes = [Outcome({}, f"{train.rows.count} labelled images to learn from, {test.rows.count} held out")]
         if options.has(("knn",)):
             outcomes.append(knn.measure(train, test, num_classes, ranks))
         if options.has(("probe",)):
-            names = self._names_of(num_classes)
             outcomes.append(probe.measure(train, test, names, options.seed, options.num_splits, ranks))
         return [*outcomes, Outcome({"num_train": train.rows.count, "num_test": test.rows.count}, "")]
 
@@ -152,6 +152,7 @@ class Evaluation:
         """Zero-shot classification and retrieval."""
         options, ranks, device = self.options, self.ranks, self.context.device
         pair.to(device)
+        torch.set_float32_matmul_precision("highest")  # towers may take TF32: near classes would change places
         folder, outcomes = options.out / "features", []
         key = options.label_key if options.has(("zeroshot",)) else None
         images = self.computing.images(pair.image, self.pair_weights, self.test, folder / "images", key, labelled=False)
@@ -160,7 +161,6 @@ class Evaluation:
             zeroshot.check(images, self.names, options.classes, options.label_key)
         if options.has(("retrieval",)):
             captions = self.computing.captions(pair.text, self.pair_weights, self.test, folder / "captions")
-        torch.set_float32_matmul_precision("highest")
         if options.has(("zeroshot",)):
             outcomes.append(zeroshot.measure(images, pair.text, self.names, self.templates, ranks, device))
         if options.has(("retrieval",)):
