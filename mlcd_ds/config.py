@@ -47,8 +47,13 @@ class Recipe(Sections):
             )
         _check_sections(self)
         kind_of(self.objective).check(self)
-        if self.train.knn_every and not self.data.knn_index:
-            raise ValueError("train.knn_every is given, but data.knn_index is not: add data.knn_index=FOLDER")
+        for key in ("knn_every", "zeroshot_every"):
+            if getattr(self.train, key) and not self.data.knn_index:
+                raise ValueError(f"train.{key} is given, but data.knn_index is not: add data.knn_index=FOLDER")
+        if self.train.zeroshot_every and not self.text:
+            raise ValueError("train.zeroshot_every is given, but the run has no text tower: leave it out")
+        if self.train.zeroshot_every and not self.data.classes:
+            raise ValueError("train.zeroshot_every is given, but data.classes is not: add data.classes=FILE")
         if (steps := self.train.profile_steps) and not 1 <= steps[0] <= steps[1]:
             raise ValueError(f"train.profile_steps {list(steps)} must be a first and a last step, counted from 1")
         ends = [0, *(phase.until for phase in self.train.phases), self.train.steps]

@@ -2,8 +2,9 @@
 
 `mlcd index` writes, per shard, a DALI index (`NAME.idx`, version 1.2: one line a sample, `ext offset bytes name` for
 each member), the pixel sizes of the images (`NAME.sizes.npy`), the CRC-32 of what is read later (`NAME.crc32.npy`:
-image, caption, metadata), and which captions can be used (`NAME.captions.npy`). Unusable samples are in none of them.
-A sample's row in these files is its identity: embeddings and labels are stored in the same order.
+image, caption, metadata, and the class number where samples have one), and which captions can be used
+(`NAME.captions.npy`). Unusable samples are in none of them. A sample's row in these files is its identity: embeddings
+and labels are stored in the same order.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from mlcd_ds.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IDX_VERSION = "v1.2"
+NUM_KINDS = 4  # of members that are read: image, caption, metadata, class number
 TAR_BLOCK = 512
 MAX_HEADER_NAME = 100  # longer names lie in an extended header
 
@@ -104,30 +106,41 @@ class ShardSamples:
     image: Span
     caption: Span
     metadata: Span
+    class_number: Span
     sizes_N2: np.ndarray
 
 
 def member_kind(extension: str) -> int | None:
-    """0 for an image, 1 for a caption, 2 for metadata, None for what is never read."""
-    return 0 if extension in IMAGE_EXTENSIONS else {"txt": 1, "json": 2}.get(extension)
+    """0 for an image, 1 for a caption, 2 for metadata, 3 for a class number, None for what is never read."""
+    return 0 if extension in IMAGE_EXTENSIONS else {"txt": 1, "json": 2, "cls": 3}.get(extension)
 
 
-def parse_idx(content: bytes, crc_N3: np.ndarray) -> tuple[list[str], Span, Span, Span]:
-    """Read a `.idx`: keys and the spans of images, captions (.txt) and metadata (.json). ValueError: it is damaged."""
+def parse_idx(content: bytes, crc_NK: np.ndarray) -> tuple[list[str], Span, Span, Span, Span]:
+    """Read a `.idx`: keys and the spans of images, captions (.txt), metadata (.json) and class numbers (.cls).
+
+    Without a column of checksums for class numbers, as where no sample has one, they count as missing. ValueError: it
+    is damaged.
+    """
     header, *lines = content.decode().splitlines()
-    if header != f"{IDX_VERSION} {len(lines)}" or len(lines) != len(crc_N3):
-        raise ValueError(f"it has {len(lines)} lines and says {header[:50]!r}, the manifest {len(crc_N3)} samples")
+    num_kinds = crc_NK.shape[1]
+    if num_kinds not in (NUM_KINDS - 1, NUM_KINDS):
+        raise ValueError(f"its checksums are of {num_kinds} kinds of members")
+    if header != f"{IDX_VERSION} {len(lines)}" or len(lines) != len(crc_NK):
+        raise ValueError(f"it has {len(lines)} lines and says {header[:50]!r}, the manifest {len(crc_NK)} samples")
     keys: list[str] = []
-    rows = np.full((3, len(lines), 2), -1, dtype=np.int64)
+    rows = np.full((NUM_KINDS, len(lines), 2), -1, dtype=np.int64)
     for row, line in enumerate(lines):
         members = parse_line(line)
         for member in members:
             kind = member_kind(member.extension)
-            if kind is not None and rows[kind, row, 0] < 0:  # of several images the first, as `mlcd index` measured
+            if (
+                kind is not None and kind < num_kinds and rows[kind, row, 0] < 0
+            ):  # of several images the first, as `mlcd index` measured
                 rows[kind, row] = member.offset, member.bytes
         keys.append(split_name(members[0].name)[0])
-    image, caption, metadata = (Span(rows[kind, :, 0], rows[kind, :, 1], crc_N3[:, kind]) for kind in range(3))
-    return keys, image, caption, metadata
+    crc_N4 = np.pad(crc_NK, ((0, 0), (0, NUM_KINDS - num_kinds)))
+    image, caption, metadata, number = (Span(rows[k, :, 0], rows[k, :, 1], crc_N4[:, k]) for k in range(NUM_KINDS))
+    return keys, image, caption, metadata, number
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -195,11 +208,11 @@ class ShardIndex:
         entry = self.shards[shard]
         name, count = entry.name, entry.num_images
         sizes_N2 = output_array(self.folder, self.manifest, f"{name}.sizes.npy", np.int32, (count, 2))
-        crc_N3 = output_array(self.folder, self.manifest, f"{name}.crc32.npy", np.uint32, (count, 3))
+        crc_NK = output_array(self.folder, self.manifest, f"{name}.crc32.npy", np.uint32, (count, None))
         record, fix = output_record(self.folder, self.manifest, f"{name}.idx"), remake("index", self.folder)
         content = read_bytes(self.folder / f"{name}.idx", fix, record)
         with decoding(self.folder / f"{name}.idx", fix):
-            return ShardSamples(*parse_idx(content, crc_N3), sizes_N2)
+            return ShardSamples(*parse_idx(content, crc_NK), sizes_N2)
 
     def caption_counts(self) -> np.ndarray:
         """int64 [number of shards]: samples with a usable caption. UserError where the index does not know them."""

@@ -110,13 +110,13 @@ class ZeroBuffers:
     """Elements of what ZeRO keeps beside weights, gradients and states.
 
     Its buckets of gradients, all together; at stage 3 the most weights that are gathered at a time, and those of one
-    collective; and the gradients copied to fp32 for one reduction, where gradients travel in fp32.
+    collective; and one bucket, where gradients travel in fp32.
     """
 
     gradients: int = 0
     live: int = 0
     prefetched: int = 0
-    fp32_copies: int = 0
+    in_fp32: int = 0
 
 
 def zero_buffers(config: dict[str, Any], path: Path) -> ZeroBuffers:
@@ -124,10 +124,9 @@ def zero_buffers(config: dict[str, Any], path: Path) -> ZeroBuffers:
     section = _zero_section(config, path)
     is_double = section.overlap_comm and section.stage in (1, 2)  # one is filled while the other travels
     gradients = int(section.reduce_bucket_size) * (2 if is_double else 1)
-    copies = 0
-    if section.stage and config.get("communication_data_type") == "fp32":
-        copies = int(section.reduce_bucket_size) * (2 if section.stage == 3 else 1)  # at stage 3, a reordered copy
-    return ZeroBuffers(gradients, int(section.max_live_parameters), int(section.prefetch_bucket_size), copies)
+    is_fp32 = section.stage and config.get("communication_data_type") == "fp32"
+    in_fp32 = int(section.reduce_bucket_size) if is_fp32 else 0
+    return ZeroBuffers(gradients, int(section.max_live_parameters), int(section.prefetch_bucket_size), in_fp32)
 
 
 def _zero_section(config: dict[str, Any], path: Path) -> Any:

@@ -20,14 +20,16 @@ from mlcd_ds.artefacts.manifest import check_outputs
 from mlcd_ds.encoders.base import Encoder, PairEncoder
 from mlcd_ds.encoders.efficientnet import efficientnet_lite0
 from mlcd_ds.encoders.huggingface import hugging_face, load_text_encoder
-from mlcd_ds.encoders.own_runs import training_run, untrained
+from mlcd_ds.encoders.own_runs import training_pair, training_run, untrained
 from mlcd_ds.encoders.raw_pixels import raw_pixels
+from mlcd_ds.engine.weights import CONFIG_NAME as RUN_CONFIG
 from mlcd_ds.engine.weights import Weights
 from mlcd_ds.errors import UserError
 
 # Sides in pixels that @SIZE may give where the network itself sets no limits.
 PIXELS_SIDES = (2, 512)
 EFFICIENTNET_SIDES = (32, 1024)
+NO_RUN = "encoder {!r}: after ema: comes the folder of a training run."
 
 
 def load_encoder(specification: str) -> Encoder:
@@ -41,9 +43,9 @@ def load_encoder(specification: str) -> Encoder:
         return untrained(name.removeprefix("recipe:"), size)
     weights: Weights = "ema" if name.startswith("ema:") else "last"
     folder = Path(name.removeprefix("ema:"))
-    has_run = os.path.exists(folder / "config.yaml")  # unlike Path.exists, false for a name too long
+    has_run = os.path.exists(folder / RUN_CONFIG)  # unlike Path.exists, false for a name too long
     if weights == "ema" and not has_run:
-        raise UserError(f"encoder {specification[:200]!r}: after ema: comes the folder of a training run.")
+        raise UserError(NO_RUN.format(specification[:200]))
     if os.path.exists(folder / "config.json"):
         check_outputs(folder)  # of `mlcd export`, perhaps
         return hugging_face(folder, size)
@@ -56,11 +58,22 @@ def load_encoder(specification: str) -> Encoder:
 
 
 def load_pair_encoder(specification: str) -> PairEncoder:
-    """Image and text tower of a model that has both: a Hugging Face folder of a whole CLIP model with its tokenizer.
+    """Image and text tower of a model that has both: FOLDER or ema:FOLDER of one of our runs over images and texts, or
+    a Hugging Face folder of a whole CLIP model with its tokenizer.
 
     Raises UserError that says what is missing.
     """
-    folder = Path(specification)
+    weights: Weights = "ema" if specification.startswith("ema:") else "last"
+    folder = Path(specification.removeprefix("ema:"))
+    if os.path.exists(folder / RUN_CONFIG):
+        return training_pair(folder, weights)
+    if weights == "ema":
+        raise UserError(NO_RUN.format(specification[:200]))
+    if not os.path.exists(folder / "config.json"):
+        raise UserError(
+            f"encoder {specification[:200]!r} has no text tower: name a run of ours over images and texts, or a folder "
+            "of a whole CLIP model (config.json, Hugging Face)."
+        )
     check_outputs(folder)  # of `mlcd export`, perhaps
     return PairEncoder(hugging_face(folder, None), load_text_encoder(folder))
 

@@ -6,7 +6,7 @@ for it, and cuts it neither by ZeRO nor by tensor parallelism.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from mlcd_ds.config import Recipe
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.init_from import Start
 from mlcd_ds.engine.weights import (
+    TOWERS,
     FrozenTower,
     check_frozen,
     checkpoint_folders,
@@ -24,21 +25,10 @@ from mlcd_ds.engine.weights import (
     tower_checksum,
 )
 from mlcd_ds.errors import UserError
-from mlcd_ds.models.text import TextTower
 from mlcd_ds.models.tower import Tower
 from mlcd_ds.models.towers import Towers
-from mlcd_ds.models.vit import ViT
 from mlcd_ds.objectives.registry import kind_of
 
-
-def text_tower(recipe: Recipe) -> TextTower:
-    """The one of `text:`."""
-    assert recipe.text, "the recipe was checked"
-    return TextTower(recipe.text)
-
-
-TOWERS: dict[str, Callable[[Recipe], Tower]] = {"image": lambda recipe: ViT(recipe.model), "text": text_tower}
-"""Each without weights: they hold NaN until `init_weights`."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,10 +52,10 @@ def build_towers(recipe: Recipe, start: Start | None, group: Group) -> BuiltTowe
     generator = torch.Generator().manual_seed(recipe.train.seed)
     for tower in towers.values():
         tower.init_weights(generator)
-    notes = {name: _fill(name, tower, start) if start else [] for name, tower in towers.items()}
+    notes = {name: start.fill_tower(tower) if start else [] for name, tower in towers.items()}
     module = kind.engine_module(recipe)
-    if module is not None and start and start.is_of_kind(kind):
-        notes["objective"] = start.fill_other("objective", module)
+    if module is not None and start:
+        notes["objective"] = start.fill_module(module, kind)
     frozen = {name: tower for name, tower in towers.items() if recipe.is_frozen(name)}
     if start:
         records = {name: _record(name, tower, start, notes[name]) for name, tower in frozen.items()}
@@ -77,11 +67,7 @@ def build_towers(recipe: Recipe, start: Start | None, group: Group) -> BuiltTowe
     return BuiltTowers(Towers(trained, module), frozen, records, [note for some in notes.values() for note in some])
 
 
-def _fill(name: str, tower: nn.Module, start: Start) -> list[str]:
-    return start.fill_backbone(tower) if isinstance(tower, ViT) else start.fill_other(name, tower)
-
-
-def _record(name: str, tower: nn.Module, start: Start, notes: list[str]) -> FrozenTower:
+def _record(name: str, tower: Tower, start: Start, notes: list[str]) -> FrozenTower:
     """What checkpoints say of a frozen tower, which was filled with those notes. UserError where not all of it was."""
     if not notes:
         raise UserError(f"train.init_from {start.folder} holds no {name} tower, and towers.{name} is frozen.")
@@ -90,12 +76,12 @@ def _record(name: str, tower: nn.Module, start: Start, notes: list[str]) -> Froz
     return FrozenTower(source=str(start.folder.resolve()), sha256=tower_checksum(tower))
 
 
-def _restored(recipe: Recipe, frozen: Mapping[str, nn.Module], group: Group) -> dict[str, FrozenTower]:
+def _restored(recipe: Recipe, frozen: Mapping[str, Tower], group: Group) -> dict[str, FrozenTower]:
     """Fill the frozen towers of a run that goes on from its own newest checkpoint, which names them."""
     if not frozen:
         return {}
     records = read_checkpoint(group.gather_objects(checkpoint_folders(recipe.train.out))[0][-1]).frozen
     for name, tower in frozen.items():
-        _fill(name, tower, Start.at(frozen_folder(name, records[name]), group))
+        Start.at(frozen_folder(name, records[name]), group).fill_tower(tower)
         check_frozen(name, records[name], tower)
     return records

@@ -1,11 +1,12 @@
-"""Starting a run from given weights: a run of ours, backbone and objective; or a Hugging Face folder, the backbone
-alone.
+"""Starting a run from given weights: a run of ours, towers and objective; or a Hugging Face folder, its towers (and
+CLIP's scale, where it is a whole CLIP model).
 
 Only the weights are taken: the optimizer's state, the step and the order of samples are the new run's own.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from mlcd_ds.config import Recipe, parse_recipe
 from mlcd_ds.data.fields import TrainingData
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.checkpoint import check_files
-from mlcd_ds.engine.released import check_shape
+from mlcd_ds.engine.released import Released, check_shape, check_text_shape, read_released
 from mlcd_ds.engine.weights import (
     CHECKPOINT_NAME,
     CONFIG_NAME,
@@ -29,8 +30,10 @@ from mlcd_ds.engine.weights import (
     read_checkpoint,
 )
 from mlcd_ds.errors import UserError
+from mlcd_ds.models.tower import Tower
 from mlcd_ds.models.vit import ViT
 from mlcd_ds.objectives.base import Objective
+from mlcd_ds.objectives.pair_objective import Scale
 from mlcd_ds.objectives.registry import kind_of
 
 
@@ -54,10 +57,8 @@ class Start:
         source = f"train.init_from {self.folder}"
         alone = "or take the backbone alone: --init-from an export of that run"
         before, model = self._recipe, recipe.model
-        if before.text and recipe.text and before.text != recipe.text:
-            key = next(key for key, value in before.text.model_dump().items() if getattr(recipe.text, key) != value)
-            values = getattr(before.text, key), getattr(recipe.text, key)
-            raise UserError(f"{source}: its text tower has {key} {values[0]}, text.{key} is {values[1]}.")
+        if before.text and recipe.text:
+            check_text_shape(before.text, recipe.text, self.folder)
         check_shape(before.model, model, self.folder)
         if not self.is_of_kind(kind_of(recipe.objective)):
             return
@@ -76,21 +77,36 @@ class Start:
         assert self.checkpoint
         return parse_recipe(self.checkpoint.recipe, str(self.folder / CHECKPOINT_NAME))
 
-    def fill_backbone(self, model: ViT) -> list[str]:
-        """Fill an initialised backbone; returns what was done, in words. UserError names what does not fit."""
-        return ["the backbone", *fill_from(self.folder, model)]
-
-    def fill_other(self, name: str, module: nn.Module) -> list[str]:
-        """Fill another tower, or an objective's module ("objective"), where a run of such has one; returns what was
-        done. UserError names what does not fit."""
-        file_name = WEIGHT_FILES[name]
-        if self.checkpoint is None or file_name not in self.checkpoint.files:
+    def fill_tower(self, tower: Tower) -> list[str]:
+        """Fill an initialised tower; returns what was done, in words: nothing, where the source has no text tower for
+        it. UserError names what does not fit."""
+        if not isinstance(tower, ViT) and not self._has_text_tower():
             return []
-        path, fix = self.folder / file_name, f"{older_checkpoint(self.folder)} Or take a recipe with the same tower."
+        filled = fill_from(self.folder, tower) if self.checkpoint else self._released.fill(tower)
+        return ["the backbone" if isinstance(tower, ViT) else "the text tower", *filled]
+
+    def _has_text_tower(self) -> bool:
+        return self._recipe.text is not None if self.checkpoint else self._released.has_text()
+
+    @functools.cached_property
+    def _released(self) -> Released:
+        """The folder's content, where it is no checkpoint."""
+        return read_released(self.folder)
+
+    def fill_module(self, module: nn.Module, kind: type[Objective]) -> list[str]:
+        """Fill what the engine trains for an objective of that kind, where the source has the same; returns what was
+        done."""
+        if self.checkpoint is None:
+            is_filled = isinstance(module, Scale) and self._has_text_tower() and self._released.fill_scale(module)
+            return ["the scale"] if is_filled else []
+        file_name = WEIGHT_FILES["objective"]
+        if not self.is_of_kind(kind) or file_name not in self.checkpoint.files:
+            return []
+        path, fix = self.folder / file_name, f"{older_checkpoint(self.folder)} Or take another objective."
         tensors = read_tensors(path, fix, self.checkpoint.files[file_name])
         with decoding(path, fix):
             module.load_state_dict(tensors)
-        return [f"the {name} tower" if name != "objective" else "the scale"]
+        return ["the scale"]
 
     def is_of_kind(self, kind: type[Objective]) -> bool:
         """Whether it is of a run with such an objective."""

@@ -8,13 +8,13 @@ TensorBoard pages
   embeddings  their mean length before they are normalised, of a micro-batch of rank 0; with two towers the gap between
               the modalities: the distance between the means of all images and all texts of a batch
   speed       images/s, TFLOP/s of a rank in the backbone's matmuls, MFU on known GPUs, share of time waiting for data;
-              over all the time between entries, except for kNN
+              over all the time between entries, except for these accuracies
   time        seconds of a step of rank 0, and of its parts: see engine/step_clock.py
-  evaluation  kNN accuracy on data.knn_index (engine/knn_monitor.py)
+  evaluation  accuracies on data.knn_index, by kNN and zero-shot (engine/monitors.py)
   memory      the largest so far; progress: epochs
   text: the resolved configuration; images: samples of some clusters; histogram: cluster sizes.
 
-The JSON lines have the same values, null for one that is not finite; kNN has lines of its own.
+The JSON lines have the same values, null for one that is not finite; accuracies have lines of their own.
 """
 
 from __future__ import annotations

@@ -15,11 +15,11 @@ from mlcd_ds.data.fields import TrainingData
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.engine_state import EngineState
 from mlcd_ds.engine.hardware import peak_tflops
-from mlcd_ds.engine.knn_monitor import KnnMonitor
+from mlcd_ds.engine.monitors import Monitor
 from mlcd_ds.engine.phases import phase_at
+from mlcd_ds.engine.planned_towers import model_flops
 from mlcd_ds.engine.run_log import RunLog, log_data_pages, peak_memory_mb
 from mlcd_ds.engine.step_clock import StepClock
-from mlcd_ds.models.vit import flops_per_image
 from mlcd_ds.objectives.base import Objective
 
 
@@ -82,8 +82,7 @@ class StepLog:
         recipe, phase, num_steps = self._recipe, phase_at(self._recipe, done - 1), done - since.step
         seconds, num_updates = self._since.moment - since.moment, self._since.num_updates - since.num_updates
         images_per_s = num_steps * recipe.train.global_batch / seconds
-        flops = 3 * flops_per_image(recipe.model, phase.image_size, phase.token_drop)
-        tflops = images_per_s * flops / self._group.size / 1e12
+        tflops = images_per_s * model_flops(recipe, phase) / self._group.size / 1e12
         peak, scale = peak_tflops(self._device), self._state.loss_scale
         self._log.scalars(
             done,
@@ -107,12 +106,12 @@ class StepLog:
         )
         self.steps.set_postfix(loss=f"{float(result.loss):.3f}")
 
-    def add_knn(self, done: int, knn: KnnMonitor) -> None:
-        """Compute the kNN accuracy, on all ranks, and log it. Its time does not count as the steps'. Collective."""
+    def add_accuracy(self, done: int, name: str, monitor: Monitor) -> None:
+        """Compute an accuracy, on all ranks, and log it. Its time does not count as the steps'. Collective."""
         begin = time.perf_counter()
-        accuracy = knn.accuracy()
-        if self._log and accuracy is not None:
-            self._log.scalars(done, {"evaluation/knn": accuracy})
+        accuracy = monitor.accuracy()
+        if self._log:
+            self._log.scalars(done, {f"evaluation/{name}": accuracy})
         self._since = replace(self._since, moment=self._since.moment + time.perf_counter() - begin)
 
     def close(self) -> None:

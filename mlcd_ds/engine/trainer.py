@@ -25,8 +25,8 @@ from mlcd_ds.engine.build_towers import build_towers
 from mlcd_ds.engine.checkpoint import Checkpointer
 from mlcd_ds.engine.gradients import GradientFactors, attach_gradient
 from mlcd_ds.engine.init_from import find_start
-from mlcd_ds.engine.knn_monitor import KnnMonitor
 from mlcd_ds.engine.layout import Layout, plan_batches
+from mlcd_ds.engine.monitors import build_monitors
 from mlcd_ds.engine.optimizer import backbone_optimizer, set_learning_rate
 from mlcd_ds.engine.phases import phase_at, phases
 from mlcd_ds.engine.profiling import StepProfiler
@@ -58,6 +58,8 @@ class Trainer:
         self.layout, self.groups = layout, ParallelGroups(group, layout.tensor_parallel)
         self.batch_slice = plan_batches(recipe, layout, group.rank)
         self.factors = GradientFactors.of(self.batch_slice.num_micro_batches, layout.data_parallel)
+        size = self.batch_slice.micro_batch
+        self.monitors = build_monitors(recipe, data, self.embed, size, layout, group, device)
         kind = kind_of(recipe.objective)
         self.is_whole = kind.needs_whole_batch and self.batch_slice.num_micro_batches > 1
         start = find_start(recipe, data, group)
@@ -82,9 +84,6 @@ class Trainer:
         self.state = engine_state(self.engine)
         if recipe.train.ema_decay:
             self.state.begin_average()
-        self.knn = None
-        if recipe.train.knn_every:
-            self.knn = KnnMonitor(recipe, self.engine, self.batch_slice.micro_batch, layout, group, device)
         self.checkpointer = Checkpointer(
             recipe, layout, self.state, self.objective, self.groups, data.inputs, ds_config, built.records
         )
@@ -192,6 +191,18 @@ class Trainer:
         }
         return outputs | {name: F.normalize(emb_BE, dim=1) for name, emb_BE in embedded.items()}
 
+    @torch.no_grad()
+    def embed(self, tower: str, given: Tensor, *, is_projected: bool) -> Tensor:
+        """What a tower gives for images or tokens without noise, as it is now: embeddings or features, fp32. Calls the
+        engine's collectives, where the tower is trained."""
+        if tower in self.frozen:
+            dtype = next(self.frozen[tower].parameters()).dtype
+            return self.frozen[tower](given.to(dtype) if tower == "image" else given, is_projected=is_projected).float()
+        self.engine.eval()
+        output = self.engine(**{tower: given.to(self.dtype) if tower == "image" else given}, is_projected=is_projected)
+        self.engine.train()
+        return output[tower].float()
+
     @torch.inference_mode()
     def _frozen_outputs(self, batch: Batch) -> dict[str, Tensor]:
         """The frozen towers' embeddings at unit length, fp32 [B, E], of images without noise."""
@@ -232,8 +243,9 @@ class Trainer:
                 is_saved = is_saved or is_due(done, train.milestone_every)
                 if is_saved or is_logged:
                     self._check_loss(done, float(result.loss))
-                if self.knn and (is_last or is_due(done, train.knn_every)):
-                    log.add_knn(done, self.knn)
+                for name, (every, monitor) in self.monitors.items():
+                    if is_last or is_due(done, every):
+                        log.add_accuracy(done, name, monitor)
                 if is_saved:
                     self.checkpointer.save(done)
                 if is_stopped:

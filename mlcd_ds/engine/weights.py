@@ -1,22 +1,27 @@
-"""Finding and reading the backbone of a run: what evaluation and export need, without DeepSpeed."""
+"""Finding and reading the towers of a run: what evaluation and export need, without DeepSpeed."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationError, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from mlcd_ds.artefacts.files import FileRecord, seal_of, write_json
 from mlcd_ds.artefacts.readers import check_size, decoding, read_json_object, read_tensors, read_yaml
 from mlcd_ds.artefacts.typed import Frozen, first_problem
 from mlcd_ds.config import Recipe, parse_recipe
-from mlcd_ds.engine.released import fill_image, load_released
+from mlcd_ds.engine.released import fill_image, fill_text, load_released
 from mlcd_ds.errors import UserError
+from mlcd_ds.models.text import TextTower
+from mlcd_ds.models.tower import Tower
 from mlcd_ds.models.vit import ViT
+from mlcd_ds.objectives.pair_objective import Scale
+from mlcd_ds.objectives.registry import kind_of
 
 CONFIG_NAME = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -25,6 +30,15 @@ BACKBONE_NAME, AVERAGE_NAME = "backbone.safetensors", "ema.safetensors"
 WEIGHT_FILES = {"image": BACKBONE_NAME, "text": "text.safetensors", "objective": "objective.safetensors"}
 AVERAGE_FILES = {"image": AVERAGE_NAME, "text": "ema-text.safetensors", "objective": "ema-objective.safetensors"}
 Weights = Literal["last", "ema"]
+
+
+def _text_tower(recipe: Recipe) -> TextTower:
+    assert recipe.text, "the recipe was checked"
+    return TextTower(recipe.text)
+
+
+TOWERS: dict[str, Callable[[Recipe], Tower]] = {"image": lambda recipe: ViT(recipe.model), "text": _text_tower}
+"""Each without weights: they hold NaN until `init_weights`."""
 
 
 class FrozenTower(Frozen):
@@ -119,9 +133,12 @@ def newest_checkpoint(run: Path) -> Path:
     return folders[-1]
 
 
-def backbone_record(checkpoint: Path, weights: Weights) -> tuple[Path, FileRecord]:
-    """The file of a checkpoint's weights, or of their moving average, and its record. UserError where there is none."""
-    path = checkpoint / (AVERAGE_NAME if weights == "ema" else BACKBONE_NAME)
+def weights_record(checkpoint: Path, weights: Weights, of: str = "image") -> tuple[Path, FileRecord]:
+    """The file of the weights of a tower or the objective, or of their moving average, and its record.
+
+    UserError where there is none.
+    """
+    path = checkpoint / (AVERAGE_FILES if weights == "ema" else WEIGHT_FILES)[of]
     record = read_checkpoint(checkpoint).files.get(path.name)
     if record is None and weights == "ema":
         raise UserError(f"{checkpoint} holds no {path.name}: the run has train.ema_decay null. Take --weights last.")
@@ -130,37 +147,75 @@ def backbone_record(checkpoint: Path, weights: Weights) -> tuple[Path, FileRecor
     return path, record
 
 
-def backbone_checksum(checkpoint: Path, weights: Weights) -> str:
-    """SHA-256 of a checkpoint's backbone: of its file; or of its weights, where the run has it from elsewhere."""
-    frozen = read_checkpoint(checkpoint).frozen.get("image")
-    return frozen.sha256 if frozen else backbone_record(checkpoint, weights)[1].sha256
+def weights_checksum(checkpoint: Path, weights: Weights, of: str = "image") -> str:
+    """SHA-256 of a tower's file, or the objective's; or of its weights, where the run has the tower from elsewhere."""
+    frozen = read_checkpoint(checkpoint).frozen.get(of)
+    return frozen.sha256 if frozen else weights_record(checkpoint, weights, of)[1].sha256
+
+
+def checkpoint_recipe(checkpoint: Path) -> Recipe:
+    """The recipe by which a checkpoint was trained."""
+    return parse_recipe(read_checkpoint(checkpoint).recipe, str(checkpoint / CHECKPOINT_NAME))
 
 
 def load_backbone(checkpoint: Path, weights: Weights = "last") -> ViT:
     """The backbone of a checkpoint folder, in fp32 on the CPU; "ema": the moving average of its weights."""
-    manifest, fix = read_checkpoint(checkpoint), older_checkpoint(checkpoint)
-    recipe = parse_recipe(manifest.recipe, str(checkpoint / CHECKPOINT_NAME))
-    if frozen := manifest.frozen.get("image"):  # its average is itself
-        model = ViT(recipe.model)
-        fill_from(frozen_folder("image", frozen), model)
-        check_frozen("image", frozen, model)
-        return model.eval()
-    path, record = backbone_record(checkpoint, weights)
+    tower = _load_tower("image", checkpoint, weights)
+    assert isinstance(tower, ViT)
+    return tower
+
+
+def load_text_tower(checkpoint: Path, weights: Weights = "last") -> TextTower:
+    """The same of its text tower. UserError where the run has none."""
+    tower = _load_tower("text", checkpoint, weights)
+    assert isinstance(tower, TextTower)
+    return tower
+
+
+def _load_tower(name: str, checkpoint: Path, weights: Weights) -> Tower:
+    manifest, recipe, fix = read_checkpoint(checkpoint), checkpoint_recipe(checkpoint), older_checkpoint(checkpoint)
+    if name not in kind_of(recipe.objective).towers:
+        raise UserError(
+            f"{checkpoint} has no {name} tower: its objective is {recipe.objective.name}. Name a run over images and "
+            "texts (objective.name=clip or siglip)."
+        )
+    if frozen := manifest.frozen.get(name):  # its average is itself
+        tower = TOWERS[name](recipe)
+        fill_from(frozen_folder(name, frozen), tower)
+        check_frozen(name, frozen, tower)
+        return tower.eval()
+    path, record = weights_record(checkpoint, weights, name)
     with torch.device("meta"):
-        model = ViT(recipe.model)
+        tower = TOWERS[name](recipe)
     tensors = read_tensors(path, fix, record)
     with decoding(path, fix):
-        model.load_state_dict(tensors, assign=True)
-    return model.eval()
+        tower.load_state_dict(tensors, assign=True)
+    return tower.eval()
 
 
-def fill_from(folder: Path, model: ViT) -> list[str]:
-    """Fill a backbone from a checkpoint folder of ours or a Hugging Face folder; returns what was done besides copying,
+def load_scale(checkpoint: Path, weights: Weights = "last") -> tuple[Tensor, Tensor | None]:
+    """Of a run over pairs: the logarithm of the factor on cosines, and SigLIP's summand (CLIP has none); numbers."""
+    recipe, fix = checkpoint_recipe(checkpoint), older_checkpoint(checkpoint)
+    module = kind_of(recipe.objective).engine_module(recipe)
+    assert isinstance(module, Scale), "objectives with a text tower learn a scale"
+    path, record = weights_record(checkpoint, weights, "objective")
+    tensors = read_tensors(path, fix, record)
+    with decoding(path, fix):
+        module.load_state_dict(tensors)
+    return module.log_factor, None if module.bias is None else module.bias.detach()[0].float()
+
+
+def fill_from(folder: Path, tower: Tower) -> list[str]:
+    """Fill a tower from a checkpoint folder of ours or a Hugging Face folder; returns what was done besides copying,
     in words. UserError names what does not fit."""
     if not (folder / CHECKPOINT_NAME).exists():
-        return load_released(folder, model)
-    trained = load_backbone(folder)
-    return fill_image(model, trained.config, dict(trained.state_dict()), folder)
+        return load_released(folder, tower)
+    if isinstance(tower, ViT):
+        image = load_backbone(folder)
+        return fill_image(tower, image.config, dict(image.state_dict()), folder)
+    assert isinstance(tower, TextTower)
+    text = load_text_tower(folder)
+    return fill_text(tower, text.config, dict(text.state_dict()), folder)
 
 
 def tower_checksum(tower: nn.Module) -> str:

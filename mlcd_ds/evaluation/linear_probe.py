@@ -2,7 +2,9 @@
 
 CLIP's (Radford et al. 2021, A.3) uses one split; here several are drawn, and the accuracy is their mean.
 
-Shapes: N training samples, M test samples, D feature channels, C classes, S splits.
+Samples may be dealt over ranks, which keep them: what travels are labels, predictions and sums.
+
+Shapes: N training samples, M test samples, of them n and m on this rank; D feature channels, C classes, S splits.
 """
 
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from torch import Tensor
 from mlcd_ds.evaluation.accuracy import bootstrap_standard_error, confusion_matrix, per_class_accuracy
 from mlcd_ds.evaluation.features import check_labelled
 from mlcd_ds.evaluation.logistic import LogisticFit, fit_logistic
+from mlcd_ds.evaluation.ranks import ALONE, Ranks
 
 L2_GRID = tuple(10.0 ** (-6 + step / 8) for step in range(97))  # 96 steps, 8 a decade
 _COARSE_STRIDE = 16  # two decades, as CLIP starts
@@ -70,10 +73,10 @@ def stratified_split(labels_N: Tensor, val_fraction: float, generator: torch.Gen
 
 
 def linear_probe(
-    train_ND: Tensor,
-    train_labels_N: Tensor,
-    test_MD: Tensor,
-    test_labels_M: Tensor,
+    train_nD: Tensor,
+    train_labels_n: Tensor,
+    test_mD: Tensor,
+    test_labels_m: Tensor,
     num_classes: int,
     generator: torch.Generator,
     num_splits: int = 5,
@@ -81,6 +84,7 @@ def linear_probe(
     max_iterations: int = 100,
     tolerance: float = 1e-6,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> ProbeResult:
     """Measure on the test set the fits to all training samples, each with the l2 that one validation split chose.
 
@@ -91,31 +95,42 @@ def linear_probe(
 
     The generator gives the splits and the bootstrap. `max_iterations` and `tolerance` are `fit_logistic`'s. Raises
     ValueError for labels or features that do not fit together.
+
+    With `ranks` each gives consecutive samples, some may have none; the splits are those of all in one process, and
+    every rank returns the same result. Collectives: `fit_logistic`'s, gathered labels and predictions, sums.
     """
-    check_labelled(train_ND, train_labels_N, num_classes, "train")
-    check_labelled(test_MD, test_labels_M, num_classes, "test")
+    check_labelled(train_nD, train_labels_n, num_classes, "train", ranks.size > 1)
+    check_labelled(test_mD, test_labels_m, num_classes, "test", ranks.size > 1)
     if num_splits < 2:
         raise ValueError(f"num_splits {num_splits} must be 2 or more, for the error from the choice of the split")
-    dtype = torch.float64 if train_ND.numel() <= _FLOAT64_MAX_ELEMENTS else torch.float32
-    train_ND, test_MD = _condition(train_ND.to(dtype), test_MD.to(dtype))
+    train_labels_N, test_labels_M = ranks.concat(train_labels_n), ranks.concat(test_labels_m)
+    is_small = len(train_labels_N) * train_nD.shape[1] <= _FLOAT64_MAX_ELEMENTS
+    dtype = torch.float64 if is_small else torch.float32
+    train_nD, test_mD = _condition(train_nD.to(dtype), test_mD.to(dtype), ranks)
+    first = sum(ranks.counts(len(train_nD), train_nD.device)[: ranks.rank])
+
+    def own(index: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's part of the samples of an index."""
+        index = index.to(train_nD.device) - first
+        index = index[(index >= 0) & (index < len(train_nD))]
+        return train_nD[index], train_labels_n[index]
 
     sweeps: list[_Sweep] = []
+    chosen: list[int] = []
     for _ in range(num_splits):
         fit_index, val_index = stratified_split(train_labels_N, val_fraction, generator)
         if len(val_index) == 0:
             raise ValueError("no class has two training examples: there is nothing to validate on")
-        fit_index, val_index = fit_index.to(train_ND.device), val_index.to(train_ND.device)
-        fit = (train_ND[fit_index], train_labels_N[fit_index])
-        val = (train_ND[val_index], train_labels_N[val_index])
-        sweeps.append(_Sweep(*fit, *val, num_classes, max_iterations, tolerance, progress))
-    chosen = [sweep.search() for sweep in sweeps]
+        sweeps.append(_Sweep(num_classes, max_iterations, tolerance, progress, ranks))
+        chosen.append(sweeps[-1].search(*own(fit_index), *own(val_index)))
     finals = {
         step: fit_logistic(
-            train_ND, train_labels_N, num_classes, L2_GRID[step], sweep.fits[step], max_iterations, tolerance
+            train_nD, train_labels_n, num_classes, L2_GRID[step], sweep.fits[step], max_iterations, tolerance, ranks
         )
         for step, sweep in dict(zip(chosen, sweeps, strict=True)).items()
     }
-    predictions_SM = torch.stack([finals[step].logits(test_MD).argmax(1) for step in chosen])
+    predictions_mS = torch.stack([finals[step].logits(test_mD).argmax(1) for step in chosen], dim=1)
+    predictions_SM = ranks.concat(predictions_mS).T
     correct_SM = predictions_SM == test_labels_M
     accuracy_S = correct_SM.double().mean(1)
     confusion_CC = confusion_matrix(predictions_SM.flatten(), test_labels_M.repeat(num_splits), num_classes).cpu()
@@ -141,54 +156,48 @@ def linear_probe(
     )
 
 
-def _condition(train_ND: Tensor, test_MD: Tensor) -> tuple[Tensor, Tensor]:
+def _condition(train_nD: Tensor, test_mD: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Centre both on the training mean and divide by the training root mean square: one number for all channels.
 
     Both are then rotated to the training set's principal axes, where Newton's steps are cheap; that changes no
     classifier, and no penalty.
     """
-    mean_D = train_ND.mean(0)
-    scale = (train_ND - mean_D).square().mean().sqrt().clamp_min(torch.finfo(train_ND.dtype).tiny)
-    train_ND, test_MD = (train_ND - mean_D) / scale, (test_MD - mean_D) / scale
-    num_train, width = train_ND.shape
-    if width > num_train:
+    num_train = ranks.total(len(train_nD), train_nD.device)
+    mean_D = ranks.sum(train_nD.sum(0)) / num_train
+    train_nD, test_mD = train_nD - mean_D, test_mD - mean_D
+    mean_square = ranks.sum(train_nD.square().sum(dtype=torch.float64)) / (num_train * train_nD.shape[1])
+    scale = mean_square.sqrt().to(train_nD.dtype).clamp_min(torch.finfo(train_nD.dtype).tiny)
+    train_nD, test_mD = train_nD / scale, test_mD / scale
+    if train_nD.shape[1] > num_train:
         # More channels than images: a penalised solution lies in the span of the training rows, so in an orthonormal
-        # basis of that span it is the same classifier, with fewer numbers.
-        basis_DN = torch.linalg.qr(train_ND.T).Q
-        train_ND, test_MD = train_ND @ basis_DN, test_MD @ basis_DN
-    axes_DD = torch.linalg.eigh(train_ND.T @ train_ND).eigenvectors
-    return train_ND @ axes_DD, test_MD @ axes_DD
+        # basis of that span it is the same classifier, with fewer numbers. The rows are fewer than the channels, so
+        # every rank can have them all.
+        basis_DN = ranks.from_first(torch.linalg.qr(ranks.concat(train_nD).T).Q.contiguous())
+        train_nD, test_mD = train_nD @ basis_DN, test_mD @ basis_DN
+    axes_DD = ranks.from_first(torch.linalg.eigh(ranks.sum(train_nD.T @ train_nD)).eigenvectors.contiguous())
+    return train_nD @ axes_DD, test_mD @ axes_DD
 
 
 class _Sweep:
     """Search for the step of `L2_GRID` with the highest validation accuracy, coarse to fine."""
 
     def __init__(
-        self,
-        fit_ND: Tensor,
-        fit_labels_N: Tensor,
-        val_MD: Tensor,
-        val_labels_M: Tensor,
-        num_classes: int,
-        max_iterations: int,
-        tolerance: float,
-        progress: Progress | None,
+        self, num_classes: int, max_iterations: int, tolerance: float, progress: Progress | None, ranks: Ranks
     ) -> None:
-        self.fit_ND, self.fit_labels_N = fit_ND, fit_labels_N
-        self.val_MD, self.val_labels_M = val_MD, val_labels_M.long()
         self.num_classes, self.max_iterations, self.tolerance = num_classes, max_iterations, tolerance
-        self.progress = progress
+        self.progress, self.ranks = progress, ranks
         self.fits: dict[int, LogisticFit] = {}
         self.scores: dict[int, tuple[float, float]] = {}  # accuracy, then negative cross-entropy to break ties
 
-    def search(self) -> int:
+    def search(self, fit_nD: Tensor, fit_labels_n: Tensor, val_mD: Tensor, val_labels_m: Tensor) -> int:
         """Try every second decade, then halve the stride around the best until the grid is met; 15 fits at most.
 
         From strong to weak: two decades' steps in a row that are worse than the best end the first pass, as a weaker l2
         is fitted ever more slowly and would be worse still.
         """
+        data = fit_nD, fit_labels_n, val_mD, val_labels_m.long()
         for step in range(len(L2_GRID) - 1, -1, -_COARSE_STRIDE):
-            self._evaluate(step)
+            self._evaluate(step, *data)
             if self._best() >= step + 2 * _COARSE_STRIDE:
                 break
         stride = _COARSE_STRIDE
@@ -197,7 +206,7 @@ class _Sweep:
             best = self._best()
             for step in (best + stride, best - stride):
                 if 0 <= step < len(L2_GRID):
-                    self._evaluate(step)
+                    self._evaluate(step, *data)
         return self._best()
 
     def curve(self) -> tuple[tuple[float, float], ...]:
@@ -207,16 +216,20 @@ class _Sweep:
     def _best(self) -> int:
         return max(self.scores, key=lambda step: (*self.scores[step], step))
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int, fit_nD: Tensor, fit_labels_n: Tensor, val_mD: Tensor, val_labels_m: Tensor) -> None:
         # Of this split alone: at a weak l2 a fit to other examples is worse to start from than one at another l2.
         nearest = min(self.fits, key=lambda other: (abs(other - step), -other), default=None)
         start = None if nearest is None else self.fits[nearest]
+        l2, ranks = L2_GRID[step], self.ranks
         fit = fit_logistic(
-            self.fit_ND, self.fit_labels_N, self.num_classes, L2_GRID[step], start, self.max_iterations, self.tolerance
+            fit_nD, fit_labels_n, self.num_classes, l2, start, self.max_iterations, self.tolerance, ranks
         )
-        logits_MC = fit.logits(self.val_MD)
-        accuracy = float((logits_MC.argmax(1) == self.val_labels_M).double().mean())
+        logits_mC = fit.logits(val_mD)
+        num_correct = (logits_mC.argmax(1) == val_labels_m).double().sum()
+        loss = F.cross_entropy(logits_mC, val_labels_m, reduction="sum").double()
+        sums_3 = ranks.sum(torch.stack([num_correct, loss, num_correct.new_tensor(len(val_labels_m))]))
+        accuracy, cross_entropy = (sums_3[:2] / sums_3[2]).tolist()
         self.fits[step] = fit
-        self.scores[step] = (accuracy, -float(F.cross_entropy(logits_MC, self.val_labels_M)))
+        self.scores[step] = (accuracy, -cross_entropy)
         if self.progress is not None:
-            self.progress(L2_GRID[step], accuracy, fit.num_iterations)
+            self.progress(l2, accuracy, fit.num_iterations)

@@ -6,6 +6,7 @@ from typing import BinaryIO
 
 from mlcd_ds.evaluation.linear_probe import ProbeResult
 
+MAX_TOLD = 40  # classes whose names and numbers have room in a figure
 _SERIES = (("knn", "kNN", "#9aa5b1"), ("linear_probe", "linear probe", "#2f6690"))
 
 
@@ -22,18 +23,20 @@ def confusion_plot(result: ProbeResult, class_names: Sequence[str], path: Path |
     if len(class_names) != num_classes:
         raise ValueError(f"{len(class_names)} class_names for {num_classes} classes")
     percent = (100 * counts_CC / counts_CC.sum(1, keepdim=True).clamp_min(1)).tolist()
-    side = 2.5 + 0.5 * num_classes
+    is_told = num_classes <= MAX_TOLD
+    side = 2.5 + 0.5 * min(num_classes, MAX_TOLD)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-    axes.set_xticks(range(num_classes), class_names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(num_classes), class_names)
+    if is_told:
+        axes.set_xticks(range(num_classes), class_names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(num_classes), class_names)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     num_splits, num_test = result.predictions_SM.shape
     accuracy = f"{result.accuracy:.1%} \u00b1 {result.accuracy_se:.1%}"
     axes.set_title(f"linear probe: {accuracy} of {num_test}, mean of {num_splits} splits")
-    for row, values in enumerate(percent):
+    for row, values in enumerate(percent if is_told else []):
         for column, value in enumerate(values):
             if value >= 0.5:
                 color = "white" if value > 55 else "black"

@@ -23,6 +23,7 @@ CLIP_PREFIXES = {
     "text": {PROJECTION: "text_projection.", "": TEXT_PREFIX},
 }
 LOG_SCALE = "logit_scale"
+BIAS = "logit_bias"  # SigLIP's summand: a key of config.json that is ours, as a CLIPModel does not add it
 ROTARY, CLASS_ANGLES = "rotary.", "class_pos_emb"  # ours is a part of the rotary module
 
 # transformers leaves fields at their default out of some config.json files
@@ -193,33 +194,53 @@ def _check_keys(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size],
             raise ValueError(f"{name} has shape {tuple(state[name].shape)}; the config makes it {tuple(shape)}")
 
 
-def text_config(config: TextConfig) -> dict[str, Any]:
-    """Return the `text_config` of a `CLIPConfig`, or a `CLIPTextConfig`, with which transformers builds this tower."""
+def text_config(config: TextConfig, start_token: int | None = None) -> dict[str, Any]:
+    """Return the `text_config` of a `CLIPConfig`, or a `CLIPTextConfig`, with which transformers builds this tower.
+
+    `start_token`: the tokenizer's, where it has one. Padding is the end token again.
+    """
     return {
         "model_type": "clip_text_model",
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context,
+        "bos_token_id": start_token,
         "eos_token_id": config.end_token,
+        "pad_token_id": config.end_token,
         **_hf_shape(config),
     }
 
 
-def clip_config(image: ViTConfig, text: TextConfig) -> dict[str, Any]:
-    """Return the contents of a `config.json` with which transformers builds a `CLIPModel`.
-
-    Raises ValueError where the towers do not fit together, or CLIP has no such image tower.
-    """
+def clip_problem(image: ViTConfig, text: TextConfig) -> str | None:
+    """Why transformers has no `CLIPModel` of these towers; None where it has."""
     if image.positions != "learned" or image.num_registers:
-        raise ValueError("a CLIPModel has learned positions and no registers: this image tower cannot be part of one")
+        return "a CLIPModel has learned positions and no registers: this image tower cannot be part of one"
     if image.embed_dim != text.embed_dim:
-        raise ValueError(f"image and text embeddings have {image.embed_dim} and {text.embed_dim} channels: not one")
+        return f"image and text embeddings have {image.embed_dim} and {text.embed_dim} channels: not one"
+    if text.end_token == LEGACY_END_TOKEN != text.vocab_size - 1:
+        return (
+            f"the end token has number {LEGACY_END_TOKEN}, which a CLIPModel takes for a sign that texts end at their "
+            "token of largest number"
+        )
+    return None
+
+
+def clip_config(
+    image: ViTConfig, text: TextConfig, start_token: int | None = None, bias: float | None = None
+) -> dict[str, Any]:
+    """Return the contents of a `config.json` with which transformers builds a `CLIPModel`. `bias`: SigLIP's summand.
+
+    Raises ValueError where the towers do not fit together, or CLIP has no such tower.
+    """
+    if problem := clip_problem(image, text):
+        raise ValueError(problem)
     vision = {key: value for key, value in vision_config(image).items() if key != "architectures"}
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": image.embed_dim,
+        **({} if bias is None else {BIAS: bias}),
         "vision_config": vision,
-        "text_config": text_config(text),
+        "text_config": text_config(text, start_token),
     }
 
 

@@ -135,6 +135,11 @@ class Scale(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor([math.log(first)]))
         self.bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
 
+    @property
+    def log_factor(self) -> Tensor:
+        """The factor's logarithm, within its bounds: fp32, a number."""
+        return self.log_scale.detach()[0].float().clamp(*self.log_bounds)
+
     def forward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """What is added to the towers' outputs."""
         added = {"scale": _ClampInward.apply(self.log_scale[0].float(), *self.log_bounds).exp()}

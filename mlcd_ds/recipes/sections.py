@@ -34,9 +34,13 @@ class DataConfig(Frozen):
     )
     augment: AugmentConfig = AugmentConfig()
     knn_index: FilePath | None = free_field(
-        None, description="folder of `mlcd index` with labelled images, for train.knn_every"
+        None, description="folder of `mlcd index` with labelled images, for train.knn_every and train.zeroshot_every"
     )
     knn_label_key: str = free_field("label", description="key of the whole number in their .json; null is no label")
+    classes: FilePath | None = free_field(None, description="file of the labels' names, for train.zeroshot_every")
+    templates: str = free_field(
+        "clip_7", description="of texts about them: clip_7, clip_80, or a file with a text a line, {} for the name"
+    )
     num_streams: int = Field(4, ge=1, description="equal parts of the global batch; ranks must divide it")
     shuffle_window: int = Field(
         8192, ge=1, le=10**8, description="samples of a stream that are shuffled among each other"
@@ -86,8 +90,8 @@ class TrainConfig(Frozen):
     out: FilePath = free_field(Path("runs/train"), description="folder of the run")
     init_from: FilePath | None = Field(
         None,
-        description="what the run starts from: another run, or a checkpoint of one, backbone and head; or a Hugging "
-        "Face folder (CLIP, MLCD, or `mlcd export`'s), the backbone alone",
+        description="what the run starts from: another run, or a checkpoint of one, towers and head; or a folder of "
+        "Hugging Face or open_clip (CLIP, MLCD, or `mlcd export`'s): the towers that it has",
     )
     steps: int = free_field(when="rates", ge=1, le=10**9, description="optimizer steps")
     global_batch: int = Field(ge=1, le=2**20, description="images a step, over all ranks")
@@ -112,6 +116,9 @@ class TrainConfig(Frozen):
         None, gt=0, lt=1, description="of a moving average of the backbone's weights, kept beside them; null: none"
     )
     knn_every: int | None = free_field(None, ge=1, description="steps between kNN accuracies on data.knn_index")
+    zeroshot_every: int | None = free_field(
+        None, ge=1, description="steps between zero-shot accuracies on data.knn_index, of a model with a text tower"
+    )
     profile_steps: tuple[int, int] | None = free_field(
         None, description="first and last step, counted from 1, of a trace by torch.profiler in the run's folder"
     )

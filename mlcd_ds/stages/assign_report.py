@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from mlcd_ds.artefacts.files import write_atomic, write_json
+from mlcd_ds.artefacts.html_page import pictures, thumbnail
 from mlcd_ds.clustering.center_store import ClusterManifest
 from mlcd_ds.clustering.report import Extremes, agreement, size_figures
-from mlcd_ds.clustering.report_page import page, pictures, plots, thumbnail
+from mlcd_ds.clustering.report_page import cluster_page, plots
 from mlcd_ds.data.label_store import LabelManifest
 from mlcd_ds.data.sample_labels import shard_labels
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
@@ -93,7 +94,7 @@ def write_report(
     sections = [] if index is None else _pictures(out, notes, index, extremes, sizes_C)
     images = plots(sizes_C, clusters.objective, similarity_P)
     write_json(out / REPORT_NAME, {**figures, "objective": list(clusters.objective)})
-    content = page(figures, images, sections).encode()
+    content = cluster_page(figures, images, sections).encode()
     write_atomic(out / PAGE_NAME, lambda file: file.write(content))
     _write_events(out, sizes_C, clusters.objective, figures)
 

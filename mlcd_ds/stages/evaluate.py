@@ -1,46 +1,56 @@
-"""Evaluate a frozen encoder on labelled shards: weighted kNN and a linear probe.
+"""Evaluate a frozen model on labelled or captioned shards, by one or several protocols.
 
-Features are taken before the projection and computed once a shard. The linear probe is CLIP's logistic regression,
-its L2 swept on a validation part of the training set, then fitted on all of it: the mean of --num-splits such choices.
-Its +- is one standard error, from the test images (bootstrap) and from the choice of the split. kNN is weighted by
-exp(cosine / 0.07). Labels are read from the samples' .json members. Writes report.json and confusion.png.
+  knn        weighted by exp(cosine / 0.07), on features before the projection
+  probe      CLIP's logistic regression on these features, its L2 swept on a validation part of the training set, then
+             fitted on all of it: the mean of --num-splits such choices. Its +- is one standard error, from the test
+             images (bootstrap) and from the choice of the split
+  zeroshot   class names in templates, for models with a text tower: top-1, top-5, mean per class
+  retrieval  images and captions (one a line of a sample's .txt) both ways, for models with a text tower: R@1, 5, 10
+
+knn and probe learn from --train-index. Labels are class numbers in the samples' .json, or in .cls members as
+CLIP_benchmark has them. Features are computed once a shard. Writes report.json, report.html (confusion, best and worst
+classes, hits and misses), confusion.png and results that CLIP_benchmark reads.
 
   mlcd evaluate --model runs/demo/export --train-index runs/demo/index/train --test-index runs/demo/index/test \\
       --out runs/demo/evaluation/trained
+  torchrun --nproc-per-node 8 -m mlcd_ds evaluate --model CLIP --protocols zeroshot retrieval --test-index index/test \\
+      --classes classnames.txt --out evaluation/clip
 
 --model takes what `mlcd embed --encoder` takes: a Hugging Face folder, the folder of a training run (ema:FOLDER or
---weights ema: the moving average of its weights), pixels, recipe:NAME (untrained), efficientnet-lite0. Start it with
-torchrun to share the shards over ranks.
+--weights ema: the moving average of its weights), pixels, recipe:NAME (untrained), efficientnet-lite0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 
-from mlcd_ds.artefacts.files import write_array, write_atomic, write_json
+from mlcd_ds.artefacts.files import write_atomic, write_json
+from mlcd_ds.artefacts.html_page import page, table
 from mlcd_ds.artefacts.manifest import Manifest, library_versions, write_manifest
-from mlcd_ds.artefacts.readers import read_json
 from mlcd_ds.artefacts.typed import MAX_BATCH, MAX_THREADS
-from mlcd_ds.data.dali import EvaluationDecoder
-from mlcd_ds.data.loader import shard_images
-from mlcd_ds.data.sample_labels import shard_labels
 from mlcd_ds.data.shard_index import ShardIndex
-from mlcd_ds.encoders.base import Encoder
-from mlcd_ds.encoders.registry import load_encoder
+from mlcd_ds.encoders.base import Encoder, PairEncoder
+from mlcd_ds.encoders.registry import load_encoder, load_pair_encoder
 from mlcd_ds.engine.weights import Weights
 from mlcd_ds.errors import UserError
-from mlcd_ds.evaluation.knn import usable_ks, weighted_knn
-from mlcd_ds.evaluation.linear_probe import ProbeResult, linear_probe
+from mlcd_ds.evaluation.prompts import read_names, read_templates
+from mlcd_ds.evaluation.ranks import Ranks
 from mlcd_ds.stages import runner
-from mlcd_ds.stages.per_shard import ShardNote, for_each_shard, read_shard, work_key
+from mlcd_ds.stages.per_shard import work_key
+from mlcd_ds.stages.protocols import knn, probe, retrieval, zeroshot
+from mlcd_ds.stages.protocols.base import Outcome
+from mlcd_ds.stages.protocols.labelled import count_classes, labelled
+from mlcd_ds.stages.protocols.rows import Computing, refuse_not_finite
 
-HEADLINE_K = 20
+Protocol = Literal["knn", "probe", "zeroshot", "retrieval"]
+OF_FEATURES: tuple[Protocol, ...] = ("knn", "probe")
+OF_PAIRS: tuple[Protocol, ...] = ("zeroshot", "retrieval")
 
 
 class Options(runner.StageOptions):
@@ -48,189 +58,204 @@ class Options(runner.StageOptions):
 
     model: str = Field(description="encoder to evaluate, as for `mlcd embed --encoder`")
     weights: Weights = Field("last", description="of a training run: its last, or their average (ema)")
-    train_index: Path = Field(description="folder of `mlcd index` with the images to learn from")
+    protocols: tuple[Protocol, ...] = Field(OF_FEATURES, description="knn, probe, zeroshot, retrieval", min_length=1)
+    train_index: Path | None = Field(None, description="folder of `mlcd index` with the images to learn from")
     test_index: Path = Field(description="folder of `mlcd index` with the held-out images")
-    classes: Path | None = Field(None, description="JSON list of class names, for the plot")
+    classes: Path | None = Field(None, description="class names by label: a JSON list, or .txt with one a line")
+    templates: str = Field("clip_80", description="clip_80, clip_7, or a file: a text a line, {} where the name goes")
     label_key: str = Field("label", description="key of the whole number in the samples' .json; null is no label")
     seed: int = Field(0, ge=0, lt=2**31, description="of the validation splits")
     num_splits: int = Field(5, ge=2, le=100, description="validation splits; the linear probe is their mean")
     batch_size: int = Field(64, ge=1, le=MAX_BATCH, description="images a forward pass, per rank")
     num_threads: int = Field(2, ge=1, le=MAX_THREADS, description="decoding threads of a rank")
 
+    def has(self, protocols: Sequence[Protocol]) -> bool:
+        """Whether any of them is asked for."""
+        return any(protocol in protocols for protocol in self.protocols)
+
 
 class EvaluationManifest(Manifest):
     """Manifest of `mlcd evaluate`."""
 
-    knn: dict[str, float]
-    linear_probe: float
+    report: dict[str, Any]
 
 
-def compute_features(
-    encoder: Encoder, index: ShardIndex, folder: Path, options: Options, context: runner.Context, weights: str
-) -> dict[str, ShardNote]:
-    """Write features fp32 [n, D] and labels int64 [n] of the labelled images of each shard below `folder`.
+class Evaluation:
+    """One model, on the indexes and by the protocols that the options name. Its methods are collective."""
 
-    Returns the shards' notes: on rank 0 those of all shards.
-    """
-    decoder = EvaluationDecoder(options.batch_size, encoder.pixels, context.device, options.num_threads)
-    numbers = {entry.name: number for number, entry in enumerate(index.shards) if entry.num_images}
+    def __init__(self, options: Options, context: runner.Context) -> None:
+        self.options, self.context, self.ranks = options, context, Ranks(context.group)
+        self.names, self.templates = _texts_of(options)
+        self.train = _opened(options.train_index, context) if options.has(OF_FEATURES) else None
+        self.test = _opened(options.test_index, context)
+        if self.train and self.train.manifest.fingerprint == self.test.manifest.fingerprint:
+            raise UserError(
+                f"--train-index and --test-index are the same images ({options.test_index}): hold some out."
+            )
+        self.encoder, self.pair = _models(options)
+        self.weights = "" if self.encoder is None else self.encoder.fingerprint()
+        self.pair_weights = "" if self.pair is None else self.pair.fingerprint()
+        self.computing = Computing(context, options.batch_size, options.num_threads, options.overwrite)
 
-    def work(name: str) -> tuple[dict, dict]:
-        labels_N = shard_labels(index, numbers[name], options.label_key)
-        blocks = []
-        with torch.inference_mode():
-            for images_B3SS in shard_images(index, numbers[name], decoder):
-                blocks.append(encoder.encode(images_B3SS).float().cpu().numpy())
-        rows_ND = np.concatenate(blocks)[labels_N >= 0]
-        files = {f"{name}.npy": rows_ND, f"{name}.labels.npy": labels_N[labels_N >= 0]}
-        return {n: write_array(folder / n, array) for n, array in files.items()}, {}
+    @property
+    def name(self) -> str:
+        return (self.encoder or self.pair).name  # type: ignore[union-attr]
 
-    key = work_key("evaluate", weights, encoder.pixels, index.manifest.fingerprint, options.label_key)
-    keys = dict.fromkeys(numbers, key)
-    return for_each_shard(context, folder, keys, work, f"features {folder.name}", options.overwrite)
+    def manifest(self) -> EvaluationManifest:
+        """As it is to be, without results."""
+        options = self.options
+        parameters: dict[str, Any] = {"protocols": sorted(set(options.protocols)), "label_key": options.label_key}
+        if self.encoder:
+            parameters |= {"weights_sha256": self.weights, "pixels": asdict(self.encoder.pixels)}
+        if self.pair:
+            parameters |= {"pair_weights_sha256": self.pair_weights, "pair_pixels": asdict(self.pair.image.pixels)}
+        if options.has(("probe",)):
+            parameters |= {"seed": options.seed, "num_splits": options.num_splits}
+        if options.has(("zeroshot",)):
+            parameters |= {"templates": work_key(self.templates), "classes": work_key(self.names)}
+        indexes = {"train_index": self.train, "test_index": self.test}
+        return EvaluationManifest(
+            stage="evaluate",
+            parameters=parameters,
+            inputs={role: index.manifest.fingerprint for role, index in indexes.items() if index},
+            files={},
+            versions=library_versions(),
+            report={},
+        )
+
+    def of_features(self, encoder: Encoder, train_index: ShardIndex) -> list[Outcome]:
+        """kNN and linear probe."""
+        options, ranks, device = self.options, self.ranks, self.context.device
+        encoder.to(device)
+        folder, key = options.out / "features", options.label_key
+        rows = [
+            self.computing.images(encoder, self.weights, index, folder / split, key, labelled=True)
+            for split, index in (("train", train_index), ("test", self.test))
+        ]
+        torch.set_float32_matmul_precision("highest")  # encoders may take TF32; what is measured with them does not
+        train, test = (labelled(part, key, ranks, device) for part in rows)
+        num_classes = count_classes(train, test, key)
+        checks = [protocol.check for name, protocol in (("knn", knn), ("probe", probe)) if name in options.protocols]
+        for check in checks:
+            check(train)
+        for part in (train, test):
+            refuse_not_finite(part.features_nD, ranks, f"{options.model} gives features")
+        names = self._names_of(num_classes)
+        outcomes = [Outcome({}, f"{train.rows.count} labelled images to learn from, {test.rows.count} held out")]
+        if options.has(("knn",)):
+            outcomes.append(knn.measure(train, test, num_classes, ranks))
+        if options.has(("probe",)):
+            outcomes.append(probe.measure(train, test, names, options.seed, options.num_splits, ranks))
+        return [*outcomes, Outcome({"num_train": train.rows.count, "num_test": test.rows.count}, "")]
+
+    def of_pairs(self, pair: PairEncoder) -> list[Outcome]:
+        """Zero-shot classification and retrieval."""
+        options, ranks, device = self.options, self.ranks, self.context.device
+        pair.to(device)
+        torch.set_float32_matmul_precision("highest")  # towers may take TF32: near classes would change places
+        folder, outcomes = options.out / "features", []
+        key = options.label_key if options.has(("zeroshot",)) else None
+        images = self.computing.images(pair.image, self.pair_weights, self.test, folder / "images", key, labelled=False)
+        if options.has(("zeroshot",)):
+            assert options.classes is not None, "the options were checked"
+            zeroshot.check(images, self.names, options.classes, options.label_key)
+        if options.has(("retrieval",)):
+            captions = self.computing.captions(pair.text, self.pair_weights, self.test, folder / "captions")
+        if options.has(("zeroshot",)):
+            outcomes.append(zeroshot.measure(images, pair.text, self.names, self.templates, ranks, device))
+        if options.has(("retrieval",)):
+            outcomes.append(retrieval.measure(images, captions, ranks, device))
+        return outcomes
+
+    def _names_of(self, num_classes: int) -> list[str]:
+        """Names to show; numbers where none are given."""
+        if self.options.classes is None:
+            return [str(label) for label in range(num_classes)]
+        if len(self.names) < num_classes:
+            raise UserError(f"--classes {self.options.classes} must be a list of at least {num_classes} names.")
+        return self.names[:num_classes]
 
 
-def read_features(
-    index: ShardIndex, folder: Path, notes: Mapping[str, ShardNote], label_key: str, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features fp32 [N, D] and labels int64 [N] of all labelled images, compared with the shards' notes."""
-    features = np.concatenate([read_shard(folder, f"{name}.npy", note) for name, note in notes.items()])
-    labels = np.concatenate([read_shard(folder, f"{name}.labels.npy", note) for name, note in notes.items()])
-    if not len(labels):
-        raise UserError(f"{index.folder}: no sample has a label under {label_key!r}. Name another --label-key.")
-    return torch.from_numpy(features).to(device), torch.from_numpy(labels).to(device)
+def _opened(folder: Path | None, context: runner.Context) -> ShardIndex:
+    assert folder is not None, "the options were checked"
+    index = ShardIndex(folder)
+    index.check_shards(context.group.rank, context.group.size)
+    return index
 
 
-def class_names(options: Options, num_classes: int) -> list[str]:
-    """Names for the plot; numbers where none are given."""
-    if options.classes is None:
-        return [str(label) for label in range(num_classes)]
-    names = read_json(options.classes, "--classes takes a JSON list of names.")
-    if not isinstance(names, list) or len(names) < num_classes:
-        raise UserError(f"--classes {options.classes} must be a list of at least {num_classes} names.")
-    return [str(name) for name in names]
+def _texts_of(options: Options) -> tuple[list[str], list[str]]:
+    """Class names and templates. UserError for flags that lack another."""
+    if options.has(OF_FEATURES) and options.train_index is None:
+        raise UserError("--train-index is missing: knn and probe learn from it. Give it, or name other --protocols.")
+    if options.has(("zeroshot",)) and options.classes is None:
+        raise UserError("--classes is missing: zeroshot takes a file with the class names, in the order of the labels.")
+    names = [] if options.classes is None else read_names(options.classes)
+    return names, read_templates(options.templates) if options.has(("zeroshot",)) else []
+
+
+def _models(options: Options) -> tuple[Encoder | None, PairEncoder | None]:
+    """The model as each kind of protocol takes it."""
+    specification = options.model if options.weights == "last" else f"{options.weights}:{options.model}"
+    encoder = load_encoder(specification) if options.has(OF_FEATURES) else None
+    pair = None
+    if options.has(OF_PAIRS):
+        try:
+            pair = load_pair_encoder(specification)
+        except UserError as error:
+            raise UserError(f"--protocols {' '.join(OF_PAIRS)} need a model with both towers: {error}") from None
+    return encoder, pair
 
 
 def run(options: Options, context: runner.Context) -> None:
-    """Compute features over all ranks; rank 0 evaluates and writes."""
-    train, test = ShardIndex(options.train_index), ShardIndex(options.test_index)
-    if train.manifest.fingerprint == test.manifest.fingerprint:
-        raise UserError(f"--train-index and --test-index are the same images ({options.test_index}): hold some out.")
-    for index in (train, test):
-        index.check_shards(context.group.rank, context.group.size)
-    encoder = load_encoder(options.model if options.weights == "last" else f"{options.weights}:{options.model}")
-    weights = encoder.fingerprint()
-    wanted = EvaluationManifest(
-        stage="evaluate",
-        parameters={
-            "weights_sha256": weights,
-            "pixels": asdict(encoder.pixels),
-            "label_key": options.label_key,
-            "seed": options.seed,
-            "num_splits": options.num_splits,
-        },
-        inputs={"train_index": train.manifest.fingerprint, "test_index": test.manifest.fingerprint},
-        files={},
-        versions=library_versions(),
-        knn={},
-        linear_probe=0.0,
-    )
+    """Compute features, measure and decide over all ranks; rank 0 writes."""
+    evaluation = Evaluation(options, context)
+    wanted = evaluation.manifest()
     if runner.already_done(options, context, EvaluationManifest, wanted):
         return
-    runner.logger.info("evaluate: %s -> %s", encoder.name, options.out)
+    runner.logger.info("evaluate: %s -> %s", evaluation.name, options.out)
     if options.dry_run:
         return
-    encoder.to(context.device)
-    features = options.out / "features"
-    train_notes, test_notes = (
-        compute_features(encoder, index, features / split, options, context, weights)
-        for split, index in (("train", train), ("test", test))
-    )
-    torch.set_float32_matmul_precision("highest")  # encoders may take TF32; what is measured with them does not
+    outcomes: list[Outcome] = []
+    if evaluation.encoder and evaluation.train:
+        outcomes += evaluation.of_features(evaluation.encoder, evaluation.train)
+    if evaluation.pair:
+        outcomes += evaluation.of_pairs(evaluation.pair)
     if context.group.is_main:
-        key, device = options.label_key, context.device
-        train_ND, train_labels_N = read_features(train, features / "train", train_notes, key, device)
-        test_MD, test_labels_M = read_features(test, features / "test", test_notes, key, device)
-        num_classes = int(train_labels_N.max()) + 1
-        num_different = len(train_labels_N.unique())
-        if num_classes > max(10_000, 100 * num_different):  # a row of weights each would exhaust memory
-            raise UserError(
-                f"{options.train_index} has label {num_classes - 1}, but only {num_different} different ones: {key!r} "
-                "holds ids, not class numbers. Name another --label-key."
-            )
-        if int(test_labels_M.max()) >= num_classes:
-            raise UserError(f"{options.test_index} has label {int(test_labels_M.max())}, which no training image has.")
-        check_measurable(train_ND, train_labels_N, test_MD, options)
-        names = class_names(options, num_classes)
-        ks = usable_ks(len(train_ND))
-        knn = weighted_knn(train_ND, train_labels_N, test_MD, test_labels_M, num_classes, ks)
-        generator = torch.Generator().manual_seed(options.seed)
-        probe = linear_probe(
-            train_ND, train_labels_N, test_MD, test_labels_M, num_classes, generator, options.num_splits
-        )
-        write_results(options, encoder, knn, probe, len(train_ND), wanted, names)
+        write_results(options, evaluation.name, outcomes, wanted)
     context.group.barrier()
 
 
-def check_measurable(
-    train_ND: torch.Tensor, train_labels_N: torch.Tensor, test_MD: torch.Tensor, options: Options
-) -> None:
-    """UserError where kNN or the probe cannot be computed, before either begins."""
-    if not usable_ks(len(train_ND)):
-        raise UserError(f"{options.train_index} has {len(train_ND)} labelled images: too few for kNN. Label more.")
-    if int(train_labels_N.bincount().max()) < 2:
-        raise UserError(f"{options.train_index}: no class has two labelled images, one to validate on. Label more.")
-    if not (train_ND.isfinite().all() and test_MD.isfinite().all()):
-        raise UserError(f"{options.model} gives features of NaN or infinity: evaluate another checkpoint.")
+def write_results(options: Options, name: str, outcomes: Sequence[Outcome], wanted: EvaluationManifest) -> None:
+    """report.json, report.html, confusion.png, CLIP_benchmark's results, and the manifest."""
+    report: dict[str, Any] = {"model": name}
+    files, sections = {}, []
+    for outcome in outcomes:
+        report |= outcome.report
+        sections += outcome.sections()
+        for file, write in outcome.files.items():
+            files[file] = write_atomic(options.out / file, write)
+        if outcome.task:
+            path = f"clip_benchmark/{outcome.task}.json"
+            files[path] = write_json(options.out / path, clip_benchmark_result(options, name, outcome))
+    files["report.json"] = write_json(options.out / "report.json", report)
+    parts = [table({key: value for key, value in report.items() if not isinstance(value, dict | list)})]
+    parts += [f"<h2>{key}</h2>{table(report[key])}" for key in OF_PAIRS if key in report]
+    content = page(f"Evaluation of {name}", parts, sections).encode()
+    files["report.html"] = write_atomic(options.out / "report.html", lambda file: file.write(content))
+    write_manifest(options.out, wanted.model_copy(update={"files": files, "report": report}))
+    runner.logger.info("evaluate: %s: %s", name, "; ".join(outcome.told for outcome in outcomes if outcome.told))
 
 
-def write_results(
-    options: Options,
-    encoder: Encoder,
-    knn: dict[int, float],
-    probe: ProbeResult,
-    num_train: int,
-    wanted: EvaluationManifest,
-    names: list[str],
-) -> None:
-    """report.json, confusion.png and the manifest."""
-    from mlcd_ds.evaluation.plots import confusion_plot
-
-    headline = knn.get(HEADLINE_K, knn[min(knn)])
-    report = {
-        "model": encoder.name,
-        "knn": headline,
-        "knn_by_k": knn,
-        "linear_probe": probe.accuracy,
-        "linear_probe_se": probe.accuracy_se,
-        "linear_probe_test_se": probe.test_se,
-        "linear_probe_split_sd": probe.split_sd,
-        "linear_probe_mean_per_class": probe.mean_per_class,
-        "linear_probe_by_split": [{"l2": split.l2, "accuracy": split.accuracy} for split in probe.splits],
-        "converged": probe.num_unconverged == 0,
-        "num_train": num_train,
-        "num_test": probe.predictions_SM.shape[1],
+def clip_benchmark_result(options: Options, name: str, outcome: Outcome) -> dict[str, Any]:
+    """One task's result with the keys of CLIP_benchmark, whose `build` makes a table of many."""
+    return {
+        "dataset": str(options.test_index),
+        "model": name,
+        "pretrained": options.model,
+        "task": outcome.task,
+        "metrics": dict(outcome.metrics),
+        "language": "en",
     }
-    if probe.num_unconverged:
-        runner.logger.warning(
-            "evaluate: %d of %d fits of the linear probe did not converge: its accuracy is of unfinished fits.",
-            probe.num_unconverged,
-            probe.num_fits,
-        )
-    files = {"report.json": write_json(options.out / "report.json", report)}
-    shown = names[: len(probe.per_class_accuracy)]
-    files["confusion.png"] = write_atomic(options.out / "confusion.png", lambda f: confusion_plot(probe, shown, f))
-    scores = {"knn": {str(k): accuracy for k, accuracy in knn.items()}, "linear_probe": probe.accuracy}
-    write_manifest(options.out, wanted.model_copy(update={"files": files, **scores}))
-    runner.logger.info(
-        "evaluate: %s: kNN %.1f%%, linear probe %.1f%% +- %.1f (%d test images, %d validation splits)",
-        encoder.name,
-        100 * headline,
-        100 * probe.accuracy,
-        100 * probe.accuracy_se,
-        report["num_test"],
-        len(probe.splits),
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

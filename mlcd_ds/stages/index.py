@@ -31,12 +31,13 @@ from pydantic import Field
 
 from mlcd_ds.artefacts.files import FileRecord, write_array, write_atomic, write_json
 from mlcd_ds.artefacts.manifest import library_versions, write_manifest
-from mlcd_ds.artefacts.readers import brief
+from mlcd_ds.artefacts.readers import brief, read_bytes
 from mlcd_ds.artefacts.typed import MAX_THREADS
 from mlcd_ds.data.captions import REASONS, USABLE, caption_state, caption_text
 from mlcd_ds.data.dali import decoded_sizes
 from mlcd_ds.data.shard_index import (
     CAPTIONS_ENDING,
+    NUM_KINDS,
     TAR_BLOCK,
     IndexManifest,
     Member,
@@ -51,6 +52,7 @@ from mlcd_ds.stages import runner
 from mlcd_ds.stages.per_shard import for_each_shard, work_key
 
 DECODE_BATCH = 128
+NSHARDS, MAX_NSHARDS = "nshards.txt", 10_000_000
 RESERVED_NAMES = ("sizes", "centers")
 LONG = f"over {CLIP_CONTEXT} tokens"  # of CLIP's: such captions are used, and cut
 DECODE_BYTES = 20_000_000  # of encoded images: bounds the memory that a batch of large photographs takes
@@ -59,7 +61,9 @@ DECODE_BYTES = 20_000_000  # of encoded images: bounds the memory that a batch o
 class Options(runner.StageOptions):
     """Options of `mlcd index`."""
 
-    shards: tuple[str, ...] = Field(description="tars to index: paths or quoted glob patterns", min_length=1)
+    shards: tuple[str, ...] = Field(
+        description="tars to index: paths, quoted glob patterns, folders with nshards.txt", min_length=1
+    )
     max_megapixels: float = Field(50.0, gt=0, description="drop larger images (their decoding would exhaust memory)")
     num_threads: int = Field(2, ge=1, le=MAX_THREADS, description="decoding threads of a rank")
     skip_unreadable_shards: bool = Field(False, description="leave out tars that are broken, instead of failing")
@@ -70,7 +74,8 @@ def find_shards(patterns: tuple[str, ...]) -> dict[str, Path]:
     paths: list[Path] = []
     for pattern in patterns:
         # Not Path.resolve, which raises where links go in a circle.
-        found = sorted(Path(os.path.realpath(match)) for match in glob.glob(pattern, recursive=True))
+        found = [Path(os.path.realpath(match)) for match in glob.glob(pattern, recursive=True)]
+        found = sorted(path for match in found for path in _tars_of(match))
         if not found:
             raise UserError(f"--shards {pattern!r} matches no file (from {Path.cwd()}).")
         paths += found
@@ -87,6 +92,21 @@ def find_shards(patterns: tuple[str, ...]) -> dict[str, Path]:
     return named
 
 
+def _tars_of(path: Path) -> list[Path]:
+    """The path itself; of a folder in CLIP_benchmark's layout the tars 0.tar, 1.tar, ... that nshards.txt counts."""
+    if not (path / NSHARDS).is_file():
+        return [path]
+    fix = "It holds the number of tars beside it. Correct it, or name the tars."
+    text = read_bytes(path / NSHARDS, fix).strip()
+    if not text.isdigit() or not 0 < int(text) <= MAX_NSHARDS:
+        raise UserError(f"--shards {path / NSHARDS}: {text[:50]!r} is no number of tars. {fix}")
+    tars = [path / f"{number}.tar" for number in range(int(text))]
+    missing = [tar for tar in tars if not tar.exists()]
+    if missing:
+        raise UserError(f"--shards {path / NSHARDS} counts {len(tars)} tars, but {missing[0]} is not there. {fix}")
+    return tars
+
+
 def stamp_of(path: Path) -> tuple[int, int] | None:
     """Size and time of change of a regular file; None for all else (a folder, a pipe, a link to nothing)."""
     try:
@@ -97,15 +117,15 @@ def stamp_of(path: Path) -> tuple[int, int] | None:
 
 
 class Sample:
-    """Members of one key in the order of the tar, the bytes of image and caption, and the CRC-32 of image, caption and
-    metadata."""
+    """Members of one key in the order of the tar, the bytes of image and caption, and the CRC-32 of image, caption,
+    metadata and class number."""
 
     def __init__(self, key: str) -> None:
         self.key = key
         self.members: list[Member] = []
         self.image: bytes | None = None
         self.caption: bytes | None = None
-        self.crcs = [0, 0, 0]
+        self.crcs = [0] * NUM_KINDS
         self.is_sparse = False
 
 
@@ -269,12 +289,13 @@ def index_shard(
     if stamp_of(path) != stamp:
         return {}, {"unreadable": f"{path}: it was changed while it was read"}
     sizes_N2 = np.array(scan.sizes, dtype=np.int32).reshape(-1, 2)
-    crc_N3 = np.array(scan.crcs, dtype=np.uint32).reshape(-1, 3)
+    crc_N4 = np.array(scan.crcs, dtype=np.uint32).reshape(-1, NUM_KINDS)
+    crc_NK = crc_N4 if crc_N4[:, -1].any() else crc_N4[:, :-1]  # without class numbers as in earlier versions
     folder = options.out
     files = {
         f"{name}.idx": write_atomic(folder / f"{name}.idx", lambda file: file.write(format_idx(scan.usable))),
         f"{name}.sizes.npy": write_array(folder / f"{name}.sizes.npy", sizes_N2),
-        f"{name}.crc32.npy": write_array(folder / f"{name}.crc32.npy", crc_N3),
+        f"{name}.crc32.npy": write_array(folder / f"{name}.crc32.npy", crc_NK),
         f"{name}{CAPTIONS_ENDING}": write_array(
             folder / f"{name}{CAPTIONS_ENDING}", np.array(scan.caption_states, dtype=np.uint8)
         ),

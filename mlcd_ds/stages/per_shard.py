@@ -79,8 +79,10 @@ def for_each_shard(
     work: ShardWork,
     what: str,
     redo: bool = False,
+    all_notes_on_all_ranks: bool = False,
 ) -> dict[str, ShardNote]:
-    """Run `work(name)` once for every shard that has no valid note; returns all notes on rank 0, this rank's elsewhere.
+    """Run `work(name)` once for every shard that has no valid note; returns all notes on rank 0, this rank's elsewhere,
+    unless all ranks ask for all.
 
     `keys` maps the shards' names to their work keys; `folder` is shared by all ranks. Collectives: two barriers.
     """
@@ -98,12 +100,13 @@ def for_each_shard(
             write_note(folder, name, note)
         own[name] = note
     context.group.barrier()
-    if not context.group.is_main:
+    if not (context.group.is_main or all_notes_on_all_ranks):
         return own
     notes = {}
     for name, key in keys.items():
         note = read_note(folder, name, key)
         if note is None:
-            raise UserError(f"{folder / '.done' / name}.json is not visible to rank 0: --out must be a shared folder.")
+            path, rank = folder / ".done" / f"{name}.json", context.group.rank
+            raise UserError(f"{path} is not visible to rank {rank}: --out must be a shared folder.")
         notes[name] = note
     return notes

@@ -5,10 +5,10 @@ The plan itself needs no GPU and no data.
   mlcd plan --recipe vit_b_16 --gpus 8 --gpu h100 --zero 2 train.recompute=mlp
   mlcd plan --recipe vit_bigg_14 --gpus 256 --deepspeed_config ds_configs/tp2_zero3_bf16.json
 
-Memory follows from shapes: what ZeRO keeps for AdamW (Muon keeps less), activations counted on two real blocks, the
-head by the formulas of docs/head.md; docs/design.md compares it with what was measured. 5 % of a GPU are to stay free.
-Time follows from the operations of forward and backward, an *assumed* share of the GPU's peak (--mfu), and the bytes
-that travel over an *assumed* bandwidth (--network): measure yours, and give it.
+Memory follows from shapes: what ZeRO keeps for AdamW (Muon keeps less), activations counted on two real blocks of each
+tower, the head by the formulas of docs/head.md; docs/design.md compares it with what was measured. 5 % of a GPU are to
+stay free. Time follows from the operations of forward and backward, an *assumed* share of the GPU's peak (--mfu), and
+the bytes that travel over an *assumed* bandwidth (--network): measure yours, and give it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,12 @@ from mlcd_ds.engine.engine_config import read_layout
 from mlcd_ds.engine.hardware import GPUS, Gpu
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.phases import phases
+from mlcd_ds.engine.planned_towers import planned_towers
 from mlcd_ds.engine.precision import decide_precision
-from mlcd_ds.engine.run_memory import decoding_memory, training_memory
-from mlcd_ds.engine.run_time import StepTime, step_time, traffic
+from mlcd_ds.engine.run_memory import TrainingMemory, decoding_memory
+from mlcd_ds.engine.run_time import StepTime, TowerWork, step_time, step_work, traffic
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.layers import Recompute
-from mlcd_ds.models.noise import num_kept
-from mlcd_ds.models.tower import num_parameters
-from mlcd_ds.models.vit import ViT, flops_per_image
 from mlcd_ds.objectives.base import Need, PlannedRun
 from mlcd_ds.objectives.registry import kind_of
 from mlcd_ds.stages import runner
@@ -43,29 +41,6 @@ BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 50_000_000}  # as in ds_c
 RUNTIME_GIB = 2.0  # CUDA's and NCCL's own: assumed
 MARGIN = 0.05  # share of the memory that a plan leaves free, for the allocator's gaps and the plan's own errors
 RECOMPUTES: tuple[Recompute, ...] = ("none", "mlp", "block")
-
-
-def training_flops(recipe: Recipe, recompute: Recompute) -> float:
-    """Operations of one image's forward, backward (twice the forward) and recomputation; the mean over the phases."""
-    config, total = recipe.model, 0.0
-    for phase in phases(recipe):
-        forward = flops_per_image(config, phase.image_size, phase.token_drop)
-        num_patches = (phase.image_size // config.patch_size) ** 2
-        tokens = num_kept(num_patches, phase.token_drop, config.num_other_tokens) + config.num_other_tokens
-        mlp = 4 * tokens * config.width * config.mlp_width * config.depth
-        again = {"none": 0, "mlp": mlp, "block": forward}[recompute]
-        total += (3 * forward + again) * (phase.end - phase.begin)
-    return total / recipe.train.steps
-
-
-def training_tokens(recipe: Recipe) -> float:
-    """Tokens of an image; the mean over the phases."""
-    config, total = recipe.model, 0
-    for phase in phases(recipe):
-        num_patches = (phase.image_size // config.patch_size) ** 2
-        tokens = num_kept(num_patches, phase.token_drop, config.num_other_tokens) + config.num_other_tokens
-        total += tokens * (phase.end - phase.begin)
-    return total / recipe.train.steps
 
 
 @dataclass(frozen=True)
@@ -92,27 +67,37 @@ class Job:
 
     def memory_gib(self, micro_batch: int, recompute: Recompute) -> dict[str, float]:
         """GiB on one GPU, by what takes it."""
-        recipe, layout = self.recipe, self.layout
-        backbones = (
-            training_memory(
-                recipe.model.model_copy(update={"image_size": phase.image_size}),
-                recipe.train.precision,
+        recipe, layout, train = self.recipe, self.layout, self.recipe.train
+        in_phases = (
+            TrainingMemory(
+                planned_towers(recipe, phase),
+                train.precision,
                 layout,
-                micro_batch,
-                recompute=recompute,
-                token_drop=phase.token_drop,
-                is_accumulated=micro_batch * layout.data_parallel < recipe.train.global_batch,
-                has_average=recipe.train.ema_decay is not None,
-                buffers=self.buffers,
-            )
+                recompute,
+                self.buffers,
+                needs_whole_batch=kind_of(recipe.objective).needs_whole_batch,
+                has_average=train.ema_decay is not None,
+            ).at_peak(micro_batch, self.num_micro_batches(micro_batch))
             for phase in phases(recipe)
         )
-        fullest = max(backbones, key=lambda parts: sum(parts.values()))
-        parts = {f"backbone: {name}": size for name, size in fullest.items()}
+        parts = max(in_phases, key=lambda parts: sum(parts.values()))
         parts |= self.objective_need(micro_batch).memory
         largest = max(phase.image_size for phase in phases(recipe))
         parts["DALI (images of 1 megapixel)"] = decoding_memory(micro_batch, largest)
         return {name: size / GIB for name, size in parts.items()} | {"CUDA, NCCL (assumed)": RUNTIME_GIB}
+
+    @property
+    def per_rank(self) -> int:
+        """Samples of a step on a rank."""
+        return self.recipe.train.global_batch // self.layout.data_parallel
+
+    def num_micro_batches(self, micro_batch: int) -> int:
+        """Of a step."""
+        return -(-self.per_rank // micro_batch)
+
+    def work(self, micro_batch: int, recompute: Recompute) -> list[TowerWork]:
+        """Of each tower, for a sample."""
+        return step_work(self.recipe, recompute, self.num_micro_batches(micro_batch))
 
     def objective_need(self, micro_batch: int) -> Need:
         """What the objective needs beside the backbone."""
@@ -122,22 +107,18 @@ class Job:
 
     def time(self, mfu: float | None, between_gb: float | None) -> StepTime:
         """Seconds of a step, on average over the phases."""
-        recipe, layout, train = self.recipe, self.layout, self.recipe.train
-        per_rank = train.global_batch // layout.data_parallel
-        flops = training_flops(recipe, train.recompute) * per_rank / layout.tensor_parallel
+        recipe, layout = self.recipe, self.layout
         batches = plan_batches(recipe, layout, 0)
-        with torch.device("meta"):
-            count = num_parameters(ViT(recipe.model)) // layout.tensor_parallel
-        tokens = training_tokens(recipe)
-        numbers = (batches.num_micro_batches, batches.micro_batch, tokens, self.gradient_width, self.overlaps)
+        work = self.work(batches.micro_batch, recipe.train.recompute)
+        flops = sum(part.flops_on_rank(layout.tensor_parallel) for part in work) * self.per_rank
+        numbers = (batches.num_micro_batches, batches.micro_batch, self.gradient_width, self.overlaps)
         computing = flops / (self.gpu.peak_tflops * 1e12 * (mfu or self.gpu.usual_mfu))
-        return step_time(computing, traffic(recipe, layout, count, *numbers), self.gpu, layout.num_ranks, between_gb)
+        return step_time(computing, traffic(recipe, layout, work, *numbers), self.gpu, layout.num_ranks, between_gb)
 
     def largest_micro_batch(self, recompute: Recompute) -> int:
         """The largest micro-batch that fits, of those that divide a rank's part of the batch; 0 when none does."""
-        per_rank = self.recipe.train.global_batch // self.layout.data_parallel
         fitting = [0]
-        for count in (n for n in range(1, per_rank + 1) if per_rank % n == 0):
+        for count in (n for n in range(1, self.per_rank + 1) if self.per_rank % n == 0):
             if sum(self.memory_gib(count, recompute).values()) <= self.usable_gib:
                 fitting.append(count)
         return fitting[-1]
@@ -147,10 +128,11 @@ def page(job: Job, mfu: float | None, between_gb: float | None = None) -> str:
     """The whole plan as text."""
     recipe, layout, gpu, train = job.recipe, job.layout, job.gpu, job.recipe.train
     batches = plan_batches(recipe, layout, 0)
-    micro_batch, per_rank = batches.micro_batch, train.global_batch // layout.data_parallel
+    micro_batch, per_rank = batches.micro_batch, job.per_rank
     parts = job.memory_gib(micro_batch, train.recompute)
     total = sum(parts.values())
-    flops = training_flops(recipe, train.recompute)
+    work = job.work(micro_batch, train.recompute)
+    flops = sum(part.flops for part in work)
     share = mfu or gpu.usual_mfu
     time = job.time(mfu, between_gb)
     step_s = time.total
@@ -160,6 +142,9 @@ def page(job: Job, mfu: float | None, between_gb: float | None = None) -> str:
         f"{train.precision}; batch {train.global_batch} = {layout.data_parallel} x {per_rank // micro_batch} x "
         f"{micro_batch}; recompute {train.recompute}",
         "",
+        f"{'Towers':32}{'M parameters':>12}{'tokens':>8}   GFLOP a sample: forward, backward, again",
+        *(tower_line(part) for part in work),
+        "",
         "Memory a GPU, GiB",
         *(f"  {name:32}{size:8.2f}" for name, size in parts.items()),
         f"  {'total':32}{total:8.2f} of {gpu.memory_gib:.0f}, of which {gpu.memory_gib * MARGIN:.1f} are to stay free: "
@@ -167,9 +152,10 @@ def page(job: Job, mfu: float | None, between_gb: float | None = None) -> str:
         "",
         "Largest micro-batch that fits, images",
     ]
+    least = sum(part.flops for part in job.work(per_rank, "none"))
     for recompute in RECOMPUTES:
         count = job.largest_micro_batch(recompute)
-        slower = training_flops(recipe, recompute) / training_flops(recipe, "none")
+        slower = sum(part.flops for part in job.work(count or micro_batch, recompute)) / least
         lines.append(
             f"  train.recompute={recompute:6} {count:6}   {slower:.2f} x the operations"
             + ("" if count else "; fewer states a GPU: a higher ZeRO stage or more GPUs")
@@ -191,6 +177,15 @@ def page(job: Job, mfu: float | None, between_gb: float | None = None) -> str:
     elif job.largest_micro_batch(train.recompute) > micro_batch:
         lines += ["", "There is room for a larger train.micro_batch_per_rank: fewer, larger products and collectives."]
     return "\n".join(lines)
+
+
+def tower_line(work: TowerWork) -> str:
+    """A row of the page's first table. "again": recomputed, or the forward pass without gradient."""
+    tower = work.tower
+    name = f"  {tower.label}, {'frozen' if tower.is_frozen else 'trained'}"
+    again = (work.num_forwards - 1) * work.forward + work.recomputed
+    flops = "".join(f"{value / 1e9:10.2f}" for value in (work.forward, work.backward, again))
+    return f"{name:32}{tower.num_parameters / 1e6:12.1f}{work.tokens:8.0f}   {flops}"
 
 
 def clustering_lines(num_images: int, num_centers: int, dim: int, num_ranks: int) -> list[str]:
@@ -265,7 +260,9 @@ def run(args: argparse.Namespace) -> int:
         width = 4
     overlaps = bool(config.get("zero_optimization", {}).get("overlap_comm"))
     job = Job(recipe, layout, args.gpu, args.num_centers, zero_buffers(config, path), width, overlaps)
-    lines = clustering_lines(args.num_images, args.num_centers, args.embedding_dim, args.gpus)
+    lines = []
+    if "labels" in kind_of(recipe.objective).fields:  # they come from clusters
+        lines = clustering_lines(args.num_images, args.num_centers, args.embedding_dim, args.gpus)
     runner.logger.info("\n".join([page(job, args.mfu, args.network), *lines]))
     return 0
 

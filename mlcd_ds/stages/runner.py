@@ -110,7 +110,7 @@ def build_parser(options_type: type[StageOptions], name: str, description: str) 
             continue
         many = typing.get_origin(annotation) is tuple
         if not field.is_required() and field.default is not None:
-            text += f" (default: {field.default})"
+            text += f" (default: {' '.join(map(str, field.default)) if many else field.default})"
         parser.add_argument(
             flag,
             required=field.is_required(),

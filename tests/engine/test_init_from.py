@@ -147,7 +147,7 @@ def test_a_run_starts_from_its_newest_checkpoint_or_the_one_that_is_named(
         start = start_of(tmp_path / "new", folder, CONFIG, data, group)
         assert start and start.checkpoint and start.checkpoint.step == step
         started = make_model(CONFIG, 2)
-        assert start.fill_backbone(started) == ["the backbone"]
+        assert start.fill_tower(started) == ["the backbone"]
         for name, weight in models[step].state_dict().items():
             assert torch.equal(started.state_dict()[name], weight), name
     own = start_of(tmp_path / "run", tmp_path / "run", CONFIG, data, group)
@@ -159,7 +159,7 @@ def test_a_run_at_another_resolution_keeps_its_projection(tmp_path: Path, data: 
     config = CONFIG.model_copy(update={"image_size": 48, "num_registers": 2})
     start, started = start_of(tmp_path / "new", tmp_path / "run", config, data, group), make_model(config, 2)
     notes = ["the backbone", "positions resized from 32 to 48 px", "the registers start at random"]
-    assert start and start.fill_backbone(started) == notes
+    assert start and start.fill_tower(started) == notes
     assert torch.equal(started.projection.weight, model.projection.weight)
     positions = model.embeddings.position_embedding.weight
     assert torch.equal(started.embeddings.position_embedding.weight, resize_positions(positions, 36))
@@ -191,7 +191,7 @@ def test_a_damaged_backbone_is_named(tmp_path: Path, data: TrainingData, group: 
     path.write_bytes(content)
     start = start_of(tmp_path / "new", tmp_path / "run", CONFIG, data, group)
     with pytest.raises(UserError, match=str(path)):
-        assert start and start.fill_backbone(make_model(CONFIG, 2))
+        assert start and start.fill_tower(make_model(CONFIG, 2))
 
 
 def test_a_run_without_a_checkpoint_is_named(tmp_path: Path, data: TrainingData, group: Group) -> None:
@@ -234,4 +234,4 @@ def test_a_hugging_face_folder_has_no_head(
 ) -> None:
     start = start_of(tmp_path / "new", released[0], CONFIG, data, group)
     assert start and start.checkpoint is None
-    assert start.fill_backbone(make_model(CONFIG, 2)) == ["the backbone"]
+    assert start.fill_tower(make_model(CONFIG, 2)) == ["the backbone"]

@@ -14,7 +14,7 @@ import torch
 from distributed_harness import TinyData, quiet_environment
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import DS_CONFIG, checkpoints, metrics, start, write_recipe
+from training_runs import DS_CONFIG, checkpoints, metrics, start, tiny_recipe, write_recipe
 
 from mlcd_ds.encoders.registry import load_encoder
 from mlcd_ds.engine.profiling import StepProfiler
@@ -22,7 +22,9 @@ from mlcd_ds.engine.schedule import average_decay
 from mlcd_ds.engine.step_clock import PARTS, StepClock
 from mlcd_ds.engine.weights import load_backbone
 from mlcd_ds.errors import UserError
+from mlcd_ds.models.vit import ViTConfig, flops_per_image
 
+TINY = ViTConfig.model_validate(tiny_recipe(Path(), Path())["model"])
 SCALE_POWER = 16  # too high for the first steps
 
 
@@ -56,6 +58,8 @@ def test_the_log_tells_times_skipped_steps_and_the_loss_scale(monitored: Path) -
         parts = [entry[f"time/{part}_s"] for part in PARTS]
         assert min(parts) >= 0 and sum(parts) == pytest.approx(entry["time/step_s"])
         assert entry["optimizer/skipped_head"] == 0
+        flops = 1e12 * entry["speed/tflops_per_rank"] / entry["speed/images_per_s"]
+        assert flops == pytest.approx(3 * flops_per_image(TINY, token_drop=0.25))
     skipped = [entry["optimizer/skipped_backbone"] for entry in entries]
     assert skipped[0] == 2 and skipped[-1] == 0
     scales = [entry["optimizer/loss_scale"] for entry in entries]

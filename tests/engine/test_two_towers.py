@@ -5,27 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import trainers
 from distributed_harness import TinyData, assert_close, assert_differs, run_ranks
+from pair_trainers import go_on, make_trainer, train_mlcd
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from training_runs import tiny_recipe
 
 from mlcd_ds.artefacts.files import record_of, write_json
-from mlcd_ds.config import dump_recipe, parse_recipe
-from mlcd_ds.data.tokenizers import train_tokenizer
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.engine import training_data
-from mlcd_ds.engine.engine_config import resolve_ds_config
 from mlcd_ds.engine.gradients import GradientFactors
-from mlcd_ds.engine.layout import Layout, plan_batches
+from mlcd_ds.engine.layout import Layout
 from mlcd_ds.engine.tensor_parallel import gather_full
 from mlcd_ds.engine.trainer import Trainer
 from mlcd_ds.engine.weights import load_backbone, newest_checkpoint, read_checkpoint
@@ -33,7 +27,7 @@ from mlcd_ds.errors import UserError
 from mlcd_ds.models.noise import TrainingNoise
 from mlcd_ds.objectives.base import Given
 
-NUM_STEPS, NUM_TOKENS = 4, 280
+NUM_STEPS = 4
 GRID = tuple(("clip", stage, 3) for stage in range(4)) + tuple(("lit", stage, 3 - stage % 2 * 2) for stage in range(4))
 # By ranks and tensor-parallel size: objective, ZeRO stage, micro-batches.
 CASES = {
@@ -47,59 +41,6 @@ FIRST = {name: (name, 0, count) for name, count in (("clip", 1), ("siglip", 2), 
 BF16_TOLERANCE = 5e-2  # of losses, against fp32
 # Measured over all stages of one, two and four ranks: losses 2.7e-7, norms 8e-7, weights 1.8e-5.
 CURVE_TOLERANCE, WEIGHT_TOLERANCE = 3e-6, 1e-4
-
-
-def write_tokenizer(data: TinyData) -> Path:
-    """One learned from the captions of the tiny shard."""
-    path = data.index.parent / f"tokenizer-{os.getpid()}.json"
-    with tarfile.open(data.shard) as archive:
-        members = [archive.extractfile(name) for name in archive.getnames() if name.endswith(".txt")]
-        captions = [member.read().decode() for member in members if member]
-    path.write_text(train_tokenizer(iter(captions), NUM_TOKENS, "tiny").to_json())
-    return path
-
-
-def make_trainer(
-    data: TinyData, out: Path, layout: Layout, group: Group, name: str, micro_batches: int, **model: int
-) -> Trainer:
-    content = tiny_recipe(data.index, data.labels)
-    content |= {"objective": {"name": "siglip" if name == "siglip" else "clip"}, "head": {}}
-    content["train"]["precision"] = "bf16" if name == "bf16" else "fp32"
-    if name == "lit":
-        content["towers"] = {"image": "frozen"}
-        content["train"]["init_from"] = str(out.parent / "mlcd")
-    content["model"]["heads"] = content["data"]["num_streams"] = 4
-    content["train"] |= {"micro_batch_per_rank": 24 // layout.data_parallel // micro_batches, "out": str(out)}
-    content["model"] |= model
-    content["data"]["tokenizer"] = str(write_tokenizer(data))
-    content["text"] = dict(vocab_size=NUM_TOKENS, context=8, width=32, depth=1, heads=4, mlp_width=64, end_token=1)
-    content["text"]["embed_dim"] = content["model"]["embed_dim"]
-    recipe = parse_recipe(content, "test")
-    ds_config = resolve_ds_config({}, Path("none"), recipe, layout, plan_batches(recipe, layout, group.rank))
-    opened = training_data.open_training_data(recipe)
-    return Trainer(recipe, ds_config, layout, opened, group, torch.device("cpu"))
-
-
-def train_mlcd(data: TinyData, out: Path, group: Group) -> None:
-    """A run of one step, for LiT to start from: the same on any number of ranks but for rounding."""
-    sections = {"model": {"heads": 4}, "data": {"num_streams": 4}}
-    trainer = trainers.make_trainer(data, out, Layout(group.size, 1, 0), group, sections=sections)
-    trainer.step(0, trainer.batches(0))
-    trainer.checkpointer.save(1)
-    trainer.engine.destroy()
-    if group.is_main:
-        (out / "config.yaml").write_text(dump_recipe(trainer.recipe))
-    group.barrier()
-
-
-def go_on(trainer: Trainer, first: int, end: int) -> Tensor:
-    """fp64 [steps, 3]: loss, gradient norm, scale."""
-    batches, curve = trainer.batches(first), []
-    for step in range(first, end):
-        result = trainer.step(step, batches)
-        curve.append([float(x) for x in (result.loss, result.backbone_grad_norm, result.measures["logit_scale"])])
-    batches.close()
-    return torch.tensor(curve, dtype=torch.float64)
 
 
 def whole(trainer: Trainer) -> dict[str, Tensor]:

@@ -1,9 +1,11 @@
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from mlcd_ds.evaluation.linear_probe import ProbeResult, linear_probe
 from mlcd_ds.evaluation.plots import comparison_plot, confusion_plot
@@ -24,6 +26,13 @@ def test_confusion_plot(result: ProbeResult, tmp_path: Path) -> None:
     assert (tmp_path / "confusion.png").read_bytes().startswith(PNG)
     with pytest.raises(ValueError, match="2 class_names for 11"):
         confusion_plot(result, ["a", "b"], tmp_path / "none.png")
+
+
+def test_the_confusion_of_a_thousand_classes_fits_a_page(result: ProbeResult, tmp_path: Path) -> None:
+    many = dataclasses.replace(result, confusion_CC=torch.eye(1000, dtype=torch.int64))
+    confusion_plot(many, [str(number) for number in range(1000)], tmp_path / "many.png")
+    with Image.open(tmp_path / "many.png") as image:
+        assert max(image.size) < 4000
 
 
 def test_comparison_plot(tmp_path: Path) -> None:

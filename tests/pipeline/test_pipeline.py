@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distributed_harness import TinyData, quiet_environment
+from command_line import CPU_CONFIG, ROOT, mlcd
+from distributed_harness import TinyData
 from PIL import Image
 from safetensors.torch import load_file
 from shard_maker import encode, picture, write_tar
@@ -24,9 +25,6 @@ from mlcd_ds.data.shard_index import ShardIndex
 from mlcd_ds.encoders.registry import load_encoder
 from mlcd_ds.engine.weights import load_backbone, newest_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
-CPU_CONFIG = ROOT / "ds_configs/zero1_fp32_cpu.json"
-TIMEOUT_S = 240
 STEPS = 6
 RECIPE = f"""
 description: a run for tests
@@ -37,21 +35,6 @@ head: {{sample_rate: 0.5}}
 optimizer: {{lr: 1.0e-3, warmup_steps: 2}}
 train: {{steps: {STEPS}, global_batch: 16, precision: fp32, checkpoint_every: 4, log_every: 2}}
 """
-
-
-def mlcd(stage: str, *arguments: object, status: int = 0) -> str:
-    """Run `python -m mlcd_ds STAGE`; returns what it said."""
-    done = subprocess.run(
-        [sys.executable, "-m", "mlcd_ds", stage, *map(str, arguments)],
-        env={**quiet_environment(), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == status, done.stderr
-    return done.stderr
 
 
 @dataclass(frozen=True)

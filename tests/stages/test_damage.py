@@ -15,8 +15,8 @@ from commands import STAGES, message_of, run
 from shard_maker import encode, picture, run_stage, write_tar
 
 from mlcd_ds.artefacts.files import record_of, write_atomic
+from mlcd_ds.artefacts.html_page import thumbnail
 from mlcd_ds.artefacts.manifest import MANIFEST_NAME
-from mlcd_ds.clustering.report_page import thumbnail
 from mlcd_ds.data.label_store import LabelStore
 from mlcd_ds.data.sample_labels import shard_labels
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader

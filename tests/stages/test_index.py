@@ -488,7 +488,7 @@ def test_parse_reads_what_format_writes(tmp_path: Path) -> None:
     (tmp_path / "again.idx").write_bytes(format_idx(parsed(path)))
     assert (tmp_path / "again.idx").read_bytes() == path.read_bytes()
     crcs = np.load(tmp_path / "out" / "damaged.crc32.npy")
-    keys, image, caption, metadata = parse_idx(path.read_bytes(), crcs)
+    keys, image, caption, metadata, _ = parse_idx(path.read_bytes(), crcs)
     assert keys == index.samples(0).keys and (image.offset_N % 512 == 0).all()
     assert (caption.offset_N < 0).tolist() == [key == "000000007" for key in keys]
     assert (metadata.offset_N < 0).tolist() == [key == "000000008" for key in keys]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from clip_folder import write_clip
 from distributed_harness import TinyData, assert_close, assert_differs
 from torch import Tensor
 
@@ -17,29 +17,11 @@ from mlcd_ds.data.shard_index import ShardIndex, ShardReader
 from mlcd_ds.stages import embed, index
 
 TOLERANCE = 1e-3  # rows are fp16
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789-.,:;()'\"&!?"
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny CLIP model with a tokenizer of single letters."""
-    from transformers import CLIPConfig, CLIPModel
-
-    folder = tmp_path_factory.mktemp("clip")
-    tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
-    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    text = shape | dict(vocab_size=len(tokens), max_position_embeddings=24, eos_token_id=len(tokens) - 1)
-    text |= dict(bos_token_id=len(tokens) - 2, pad_token_id=len(tokens) - 1, projection_dim=16)
-    torch.manual_seed(0)
-    vision = shape | dict(image_size=32, patch_size=16, projection_dim=16)
-    model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16))
-    for parameter in model.parameters():  # the usual start is so small that all captions look alike
-        parameter.data.mul_(4)
-    model.save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"), length=24)
 
 
 def embedded(index_folder: Path, clip: Path, features: str, out: Path) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,22 +14,24 @@ from mlcd_ds.distributed.ds_config import ZeroBuffers, zero_buffers
 from mlcd_ds.engine.activations import Activations, count_kept_bytes
 from mlcd_ds.engine.hardware import GPUS
 from mlcd_ds.engine.layout import Layout
-from mlcd_ds.engine.run_memory import decoding_memory, training_memory
-from mlcd_ds.engine.run_time import Traffic, step_time, traffic
+from mlcd_ds.engine.planned_towers import PlannedImage
+from mlcd_ds.engine.run_memory import TrainingMemory, decoding_memory
+from mlcd_ds.engine.run_time import Traffic, step_time, step_work, traffic
 from mlcd_ds.models.tower import num_parameters
 from mlcd_ds.models.vit import ViT, ViTConfig
 from mlcd_ds.stages import plan
 
 CONFIG = ViTConfig(image_size=32, patch_size=8, width=32, depth=5, heads=2, mlp_width=128, embed_dim=16)
+TOWER = PlannedImage(CONFIG)
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
 @pytest.mark.parametrize("token_drop", [0.0, 0.5])
 def test_activations_of_two_blocks_tell_those_of_five(recompute: str, token_drop: float) -> None:
-    counted = count_kept_bytes(CONFIG, recompute, token_drop)
-    assert Activations(CONFIG, "fp32", recompute, token_drop).kept_bytes == counted
-    shorter = CONFIG.model_copy(update={"depth": 4})
-    assert counted != Activations(shorter, "fp32", recompute, token_drop).kept_bytes
+    tower = PlannedImage(CONFIG, token_drop=token_drop)
+    counted = count_kept_bytes(tower, recompute)
+    assert Activations(tower, "fp32", recompute).kept_bytes == counted
+    assert counted != Activations(tower.of_depth(4), "fp32", recompute).kept_bytes
 
 
 @pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("bf16", 2)])
@@ -36,8 +39,7 @@ def test_activations_of_two_blocks_tell_those_of_five(recompute: str, token_drop
 def test_activations_of_a_block_by_hand(precision: str, size: int, tensor_parallel: int) -> None:
     """One block more: two norms, q, k, v, the attention's output and its logsumexp, the sum, the MLP."""
     one, two = (
-        Activations(CONFIG.model_copy(update={"depth": depth}), precision, tensor_parallel=tensor_parallel).kept_bytes
-        for depth in (1, 2)
+        Activations(TOWER.of_depth(depth), precision, tensor_parallel=tensor_parallel).kept_bytes for depth in (1, 2)
     )
     tokens, width = 17, 32
     whole, split = 2 + 2, 3 + 1 + 2 * 4  # norms' inputs and outputs; q k v, attention's output, MLP before and after
@@ -50,12 +52,12 @@ def test_what_the_backward_pass_adds() -> None:
     """Two gradients in the MLP; with recomputation what the block had left out, which is all but its input."""
     tokens, width = 17, 32
     mlp = 2 * 4 * tokens * width * 4
-    assert Activations(CONFIG, "fp32").backward_bytes == mlp
-    plain, short = (Activations(CONFIG, "fp32", recompute).kept_bytes for recompute in ("none", "block"))
+    assert Activations(TOWER, "fp32").backward_bytes == mlp
+    plain, short = (Activations(TOWER, "fp32", recompute).kept_bytes for recompute in ("none", "block"))
     left_out = (plain - short) / CONFIG.depth
-    assert Activations(CONFIG, "fp32", "block").backward_bytes == pytest.approx(left_out + mlp, rel=1e-3)
-    assert Activations(CONFIG, "fp32", "mlp").backward_bytes < left_out + mlp
-    assert Activations(CONFIG, "fp32", tensor_parallel=2).backward_bytes == mlp // 2
+    assert Activations(TOWER, "fp32", "block").backward_bytes == pytest.approx(left_out + mlp, rel=1e-3)
+    assert Activations(TOWER, "fp32", "mlp").backward_bytes < left_out + mlp
+    assert Activations(TOWER, "fp32", tensor_parallel=2).backward_bytes == mlp // 2
 
 
 # Bytes a parameter on 4 data-parallel ranks: weights, states, and gradients with their buckets or copies at the fullest
@@ -79,26 +81,21 @@ def test_states_under_zero(
     with torch.device("meta"):
         count = num_parameters(ViT(CONFIG)) // 2
     elements = count if stage == 0 else count // 2
-    parts = training_memory(
-        CONFIG,
-        precision,
-        Layout(8, 2, stage),
-        0,
-        is_accumulated=is_accumulated,
-        buffers=ZeroBuffers(elements, 10**9, 10**9),
-    )
-    assert parts["weights"] == pytest.approx(count * weights, rel=1e-3)
-    assert parts["optimizer states"] == pytest.approx(count * states, rel=1e-3)
+    memory = TrainingMemory([TOWER], precision, Layout(8, 2, stage), buffers=ZeroBuffers(elements, 10**9, 10**9))
+    parts = memory.at_peak(0, 2 if is_accumulated else 1)
+    assert parts["backbone: weights"] == pytest.approx(count * weights, rel=1e-3)
+    assert parts["backbone: optimizer states"] == pytest.approx(count * states, rel=1e-3)
     others = sum(size for name, size in parts.items() if "gradients" in name)
     assert others == pytest.approx(count * gradients, rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_the_average_of_the_weights_is_sharded_as_the_states_are(stage: int) -> None:
-    layout = Layout(8, 2, stage)
-    parts = training_memory(CONFIG, "bf16", layout, 0, has_average=True)
-    assert parts["average of the weights"] * (2 if stage == 0 else 3) == parts["optimizer states"]
-    assert "average of the weights" not in training_memory(CONFIG, "bf16", layout, 0)
+    memory = TrainingMemory([TOWER], "bf16", Layout(8, 2, stage), has_average=True)
+    average = "backbone: average of the weights"
+    parts = memory.at_peak(0)
+    assert parts[average] * (2 if stage == 0 else 3) == parts["backbone: optimizer states"]
+    assert average not in replace(memory, has_average=False).at_peak(0)
 
 
 def test_what_stage_3_gathers_is_as_the_file_says(capfd: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -132,7 +129,9 @@ def test_the_papers_job(capfd: pytest.CaptureFixture) -> None:
     assert "assumed" in text and "12.47 G images" in text
     assert "Clustering 400,000,000 x 768 into 1,000,000 centres" in text and "a pass 38 s" in text
     job = plan.Job(load_recipe("vit_l_14"), Layout(80, 1, 1), "a100-80gb", 10**6, ZeroBuffers(10**8))
-    assert plan.training_flops(job.recipe, "none") == pytest.approx(486e9, rel=0.01)  # as all count ViT-L/14 at 224 px
+    assert sum(part.flops for part in job.work(82, "none")) == pytest.approx(
+        486e9, rel=0.01
+    )  # as all count ViT-L/14 at 224 px
     largest = job.largest_micro_batch("none")
     taken = [sum(job.memory_gib(count, "none").values()) for count in (largest, 2 * largest)]
     assert taken[0] <= job.usable_gib == 76 < taken[1]
@@ -157,25 +156,37 @@ def test_what_fits_without_the_margin_does_not_fit() -> None:
     assert "DOES NOT FIT" in plan.page(close, None)
 
 
-def test_gradients_that_travel_in_fp32_are_copied(tmp_path: Path) -> None:
-    """A bucket at stage 1; at stage 3 the bucket and once more, in the order of the ranks."""
+# Bytes of an element of a bucket that gradients fill: the bucket, and its copies when it is full.
+IN_FP32 = [(1, 2, 4 + 2), (2, 2, 4 + 2), (3, 4, 4)]
+
+
+@pytest.mark.parametrize(("stage", "bucket", "copies"), IN_FP32)
+def test_gradients_that_travel_in_fp32_are_copied(tmp_path: Path, stage: int, bucket: int, copies: int) -> None:
+    """A bucket when it is full, here after a quarter of the backward pass. With a small micro-batch that is the fullest
+    moment."""
     with torch.device("meta"):
         count = num_parameters(ViT(CONFIG))
     size = count // 4
-    for stage, copies in ((1, 1), (3, 2)):
-        section = {"stage": stage, "reduce_bucket_size": size}
-        taken = []
-        for dtype in ("bf16", "fp32"):
-            config = {"zero_optimization": section, "communication_data_type": dtype}
-            buffers = zero_buffers(config, tmp_path)
-            taken.append(sum(training_memory(CONFIG, "bf16", Layout(4, 1, stage), 1000, buffers=buffers).values()))
-        assert taken[1] - taken[0] == size * copies * 4
-        config = {"zero_optimization": section, "communication_data_type": "fp32"}
-        in_fp32 = [
-            sum(training_memory(CONFIG, "fp32", Layout(4, 1, stage), 1000, buffers=zero_buffers(c, tmp_path)).values())
-            for c in (config, {"zero_optimization": section})
-        ]
+    section = {"stage": stage, "reduce_bucket_size": size, "overlap_comm": False}
+
+    def memory(precision: str, dtype: str) -> TrainingMemory:
+        config = {"zero_optimization": section, "communication_data_type": dtype}
+        return TrainingMemory([TOWER], precision, Layout(4, 1, stage), buffers=zero_buffers(config, tmp_path))
+
+    def activations(share: float) -> float:
+        kept = Activations(TOWER, "bf16")
+        return kept.kept_bytes * share + kept.backward_bytes + 3 * 32**2 * 4
+
+    few, many = 1, 1000
+    parts = memory("bf16", "fp32").at_peak(few)
+    assert parts["buckets of gradients"] == size * (bucket + copies)
+    assert parts["backbone: activations"] == pytest.approx(few * activations(3 / 4), rel=1e-3)
+    for micro_batch in (few, many):
+        in_fp32 = [sum(memory("fp32", dtype).at_peak(micro_batch).values()) for dtype in ("fp32", "bf16")]
         assert in_fp32[0] == in_fp32[1], "they are fp32 already"
+    parts, short = (memory("bf16", dtype).at_peak(many) for dtype in ("fp32", "bf16"))
+    assert parts["backbone: activations"] == short["backbone: activations"] == many * activations(1)
+    assert parts["buckets of gradients"] - short["buckets of gradients"] == size * (bucket - 2), "not yet copied"
 
 
 def test_decoding_takes_what_its_images_take() -> None:
@@ -185,11 +196,11 @@ def test_decoding_takes_what_its_images_take() -> None:
 
 
 TRAFFIC = [
-    # stage, tensor parallel, micro-batches: of 1e6 parameters a rank, in fp32; all ring factors are 3/4 or 7/8
-    (0, 1, 1, {"hidden": 0, "waited_for": 0.75 * 2 * 4e6}),
-    (1, 1, 2, {"hidden": 0.75 * 2 * 4e6, "waited_for": 0.75 * 2e6}),
-    (2, 1, 2, {"hidden": 0.75 * 2 * 4e6 * 2, "waited_for": 0.75 * 2e6}),
-    (3, 1, 2, {"hidden": 0.75 * (4e6 * 2 + 2 * 2 * 2e6), "waited_for": 0}),
+    # stage, tensor parallel, micro-batches: a parameter, in fp32; the ring's factor is 3/4
+    (0, 1, 1, {"hidden": 0, "waited_for": 0.75 * 2 * 4}),
+    (1, 1, 2, {"hidden": 0.75 * 2 * 4, "waited_for": 0.75 * 2}),
+    (2, 1, 2, {"hidden": 0.75 * 2 * 4 * 2, "waited_for": 0.75 * 2}),
+    (3, 1, 2, {"hidden": 0.75 * (4 * 2 + 2 * 2 * 2), "waited_for": 0}),
 ]
 
 
@@ -198,12 +209,15 @@ def test_what_travels_in_a_step(
     stage: int, tensor_parallel: int, num_micro_batches: int, expected: dict[str, float]
 ) -> None:
     recipe = load_recipe("vit_l_14")
-    sent = traffic(recipe, Layout(4, tensor_parallel, stage), 10**6, num_micro_batches, 10, 257, 4, True)
+    work = step_work(recipe, "none", num_micro_batches)
+    sent = traffic(recipe, Layout(4, tensor_parallel, stage), work, num_micro_batches, 10, 4, True)
+    with torch.device("meta"):
+        count = num_parameters(ViT(recipe.model))
     images, dim, labels = 40, 768, 8
     # Embeddings in bf16, their gradient in fp32, labels, and sums and cosines there and back.
     head = 0.75 * images * (dim * 2 + dim * 4 + labels * 8 + 2 * (1 + labels) * 4) * num_micro_batches
-    assert sent.hidden == pytest.approx(expected["hidden"])
-    assert sent.waited_for == pytest.approx(expected["waited_for"] + head)
+    assert sent.hidden == pytest.approx(expected["hidden"] * count)
+    assert sent.waited_for == pytest.approx(expected["waited_for"] * count + head)
     assert sent.within_node == 0
 
 
@@ -218,7 +232,7 @@ def test_a_step_waits_for_what_computing_does_not_hide() -> None:
 
 def test_tensor_parallel_sums_stay_within_a_node() -> None:
     recipe = load_recipe("vit_l_14")
-    sent = traffic(recipe, Layout(8, 2, 1), 10**6, 1, 10, 257, 4, True)
+    sent = traffic(recipe, Layout(8, 2, 1), step_work(recipe, "none", 1), 1, 10, 4, True)
     assert sent.within_node == 4 * 24 * 2 * 0.5 * 10 * 257 * 1024 * 2  # four sums a layer of tokens x width in bf16
 
 
@@ -261,3 +275,62 @@ def test_what_does_not_fit_is_said(capfd: pytest.CaptureFixture) -> None:
     assert plan.main(["--gpus", "8", "--gpu", "a100-40gb", "train.micro_batch_per_rank=null"]) == 0
     text = "".join(capfd.readouterr())
     assert "DOES NOT FIT" in text and "To make it fit" in text
+
+
+CLIP = """
+description: as OpenAI's ViT-B/32
+model: {image_size: 224, patch_size: 32, width: 768, depth: 12, heads: 12, mlp_width: 3072, embed_dim: 512}
+text: {width: 512, depth: 12, heads: 8, mlp_width: 2048, embed_dim: 512}
+objective: {name: clip}
+data: {num_streams: 64}
+optimizer: {lr: 5.0e-4, warmup_steps: 2000}
+train: {steps: 390000, global_batch: 32768, micro_batch_per_rank: 512, init_from: somewhere}
+"""
+
+
+def shown(capfd: pytest.CaptureFixture, *arguments: str) -> dict[str, list[str]]:
+    """The lines of a page, cut into words, by their first words."""
+    assert plan.main(["--gpus", "32", "--gpu", "h100", *arguments]) == 0
+    lines = "".join(capfd.readouterr()).splitlines()
+    return {line[:32].strip(): line[32:].split() for line in lines if line.startswith(("  ", "Cluster"))}
+
+
+def test_a_run_of_two_towers_is_shown_by_tower(capfd: pytest.CaptureFixture, tmp_path: Path) -> None:
+    path = tmp_path / "clip.yaml"
+    path.write_text(CLIP)
+    page = shown(capfd, "--recipe", str(path))
+    assert page["backbone, trained"] == ["87.8", "50", "8.82", "17.64", "8.82"]
+    assert page["text tower, trained"] == ["63.4", "77", "5.89", "11.78", "5.89"]
+    assert float(page["text tower: weights"][0]) == pytest.approx(63.4e6 * 2 / 2**30, abs=0.01)
+    assert float(page["text tower: optimizer states"][0]) == pytest.approx(63.4e6 * 12 / 32 / 2**30, abs=0.01)
+    assert float(page["micro-batches of the step"][0]) == pytest.approx(1024 * 3 * 224**2 * 2 / 2**30, rel=0.05)
+    assert not any(name.startswith(("head", "Clustering")) for name in page), "nothing is clustered for it"
+    at_once = shown(capfd, "--recipe", str(path), "train.micro_batch_per_rank=1024")
+    assert at_once["text tower, trained"][-1] == "0.00" and "micro-batches of the step" not in at_once
+    frozen = shown(capfd, "--recipe", str(path), "towers.image=frozen")
+    assert frozen["backbone, frozen"] == ["87.8", "50", "8.82", "0.00", "0.00"]
+    assert frozen["backbone: weights"] == page["backbone: weights"] and "backbone: optimizer states" not in frozen
+    assert any(name.startswith("Clustering") for name in shown(capfd, "train.micro_batch_per_rank=41"))
+
+
+def test_a_second_tower_costs_time(tmp_path: Path) -> None:
+    path = tmp_path / "clip.yaml"
+    path.write_text(CLIP)
+
+    def computing(*overrides: str) -> float:
+        recipe = load_recipe(str(path), overrides)
+        return plan.Job(recipe, Layout(32, 1, 1), "h100", 10**6, ZeroBuffers()).time(0.5, None).computing
+
+    image, text = 8.82e9, 5.89e9  # forward
+    a_pair = 1024 / (0.5 * 989e12)
+    assert computing() == pytest.approx(4 * (image + text) * a_pair, rel=1e-3)
+    assert computing("train.micro_batch_per_rank=1024") == pytest.approx(3 * (image + text) * a_pair, rel=1e-3)
+    assert computing("towers.image=frozen") == pytest.approx((image + 4 * text) * a_pair, rel=1e-3)
+    assert computing("train.recompute=block") == pytest.approx(5 * (image + text) * a_pair, rel=1e-3)
+
+
+def test_a_text_tower_that_ranks_cannot_share_is_refused(capfd: pytest.CaptureFixture, tmp_path: Path) -> None:
+    path = tmp_path / "clip.yaml"
+    path.write_text(CLIP.replace("heads: 8", "heads: 2"))
+    assert plan.main(["--recipe", str(path), "--gpus", "32", "--tensor-parallel", "4"]) == 2
+    assert "tensor parallel size 4 does not divide text.heads 2" in "".join(capfd.readouterr())

@@ -3,6 +3,7 @@
 open_clip_tower.safetensors: a small image tower with random weights, images, and its features.
 open_clip_loaded.safetensors: of a `ViT` that was written as `mlcd export` does and loaded by open_clip's `local-dir:`:
 images and features, and in the header the names and shapes of everything that open_clip's model has.
+open_clip_pair.safetensors: the same of both towers, with SigLIP's bias, tokens and the texts' embeddings.
 
   pip install open_clip_torch==3.3.0 && python tests/models/data/make_open_clip_tower.py
 """
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from mlcd_ds.models.open_clip import open_clip_config, placeholder_text_tower, to_open_clip
+from mlcd_ds.models.text import TextConfig, TextTower
 from mlcd_ds.models.vit import ViT, ViTConfig
 
 HERE = Path(__file__).parent
@@ -34,6 +36,19 @@ OURS = ViTConfig(
     embed_dim=20,
     norm_eps=1e-2,
     activation="gelu",
+)
+# An end token that is not the one of largest number.
+OUR_TEXT = TextConfig(
+    vocab_size=50,
+    context=7,
+    width=32,
+    depth=2,
+    heads=4,
+    mlp_width=75,
+    embed_dim=20,
+    norm_eps=1e-2,
+    activation="gelu",
+    end_token=3,
 )
 
 
@@ -74,6 +89,30 @@ def write_loaded() -> None:
     save_file(state | tensors, HERE / "open_clip_loaded.safetensors", header)
 
 
+@torch.no_grad()
+def write_pair() -> None:
+    torch.manual_seed(0)
+    image, text = ViT(OURS), TextTower(OUR_TEXT)
+    for tower in (image, text):
+        tower.init_weights(torch.Generator().manual_seed(0))
+        disturb(tower)
+    state = to_open_clip(image.state_dict(), OURS) | to_open_clip(text.state_dict(), OUR_TEXT)
+    state |= {"logit_scale": torch.tensor(2.5), "logit_bias": torch.tensor(-7.0)}
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(state, Path(folder, "open_clip_model.safetensors"))
+        config = {"model_cfg": open_clip_config(OURS, OUR_TEXT, -9.0)}
+        Path(folder, "open_clip_config.json").write_text(json.dumps(config))
+        model = open_clip.create_model(f"local-dir:{folder}").eval()
+    assert model.logit_bias == -7.0
+    images, tokens = torch.randn(3, 3, 32, 32), torch.tensor([[1, 9, 49, 8, 3, 0, 0], [1, 3, 3, 3, 3, 3, 3]])
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    header = {"shapes": json.dumps(shapes), "image": OURS.model_dump_json(), "text": OUR_TEXT.model_dump_json()}
+    given = {"images": images, "tokens": tokens}
+    told = {"features": model.encode_image(images), "texts": model.encode_text(tokens)}
+    save_file(state | given | told, HERE / "open_clip_pair.safetensors", header)
+
+
 if __name__ == "__main__":
     write_tower()
     write_loaded()
+    write_pair()
