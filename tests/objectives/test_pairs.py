@@ -146,16 +146,23 @@ class GatherWithGradient(torch.autograd.Function):
         return grad_G.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def with_local_logits(group: Group) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Ours; and open_clip's ClipLoss(local_loss=True, gather_with_grad=True), its gradients averaged over the ranks."""
+def with_local_logits(group: Group, is_package: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Ours; and open_clip's ClipLoss(local_loss=True, gather_with_grad=True), written here or the package's own, its
+    gradients averaged over the ranks."""
     batch = make_batch(group.size)
     ours = compute(group, "clip", batch, 14.0)
     image_BE, text_BE = (rows.clone().requires_grad_() for rows in batch.own(group))
     scale = torch.tensor(14.0, dtype=torch.float64, requires_grad=True)
-    image_GE, text_GE = GatherWithGradient.apply(image_BE), GatherWithGradient.apply(text_BE)
-    labels_B = torch.arange(len(image_BE)) + group.rank * len(image_BE)
-    by_image, by_text = scale * image_BE @ text_GE.T, scale * text_BE @ image_GE.T
-    loss = (F.cross_entropy(by_image, labels_B) + F.cross_entropy(by_text, labels_B)) / 2
+    if is_package:
+        from open_clip.loss import ClipLoss
+
+        theirs_loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=group.rank, world_size=group.size)
+        loss = theirs_loss(image_BE, text_BE, scale)
+    else:
+        image_GE, text_GE = GatherWithGradient.apply(image_BE), GatherWithGradient.apply(text_BE)
+        labels_B = torch.arange(len(image_BE)) + group.rank * len(image_BE)
+        by_image, by_text = scale * image_BE @ text_GE.T, scale * text_BE @ image_GE.T
+        loss = (F.cross_entropy(by_image, labels_B) + F.cross_entropy(by_text, labels_B)) / 2
     loss.backward()
     assert image_BE.grad is not None and text_BE.grad is not None and scale.grad is not None
     theirs = {"image": image_BE.grad / group.size, "text": text_BE.grad / group.size, "scale": scale.grad / group.size}
@@ -165,8 +172,11 @@ def with_local_logits(group: Group) -> tuple[dict[str, Tensor], dict[str, Tensor
     return ours, theirs
 
 
-def test_the_loss_is_that_of_open_clip() -> None:
-    for ours, theirs in run_ranks(with_local_logits, 2):
+@pytest.mark.parametrize("is_package", [False, True], ids=["written here", "the package"])
+def test_the_loss_is_that_of_open_clip(is_package: bool) -> None:
+    if is_package:
+        pytest.importorskip("open_clip", reason="the package open_clip_torch is not installed")
+    for ours, theirs in run_ranks(with_local_logits, 2, is_package):
         for name, value in theirs.items():
             assert_close(name, ours[name], value, TOLERANCE)
 
