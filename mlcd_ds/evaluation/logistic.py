@@ -192,14 +192,15 @@ def _conjugate_gradients(problem: _Problem, objective: float, grad_CE: Tensor, p
     for _ in range(_MAX_CG_STEPS):
         curved_CE = problem.curvature(probs_nC, direction_CE)
         curvature = float((direction_CE * curved_CE).sum())
-        if problem.decide(curvature <= 0):
-            break  # rounding error: the Hessian is positive
-        step_CE = step_CE + size / curvature * direction_CE
-        residual_CE = residual_CE - size / curvature * curved_CE
+        if curvature <= 0:  # rounding error: the Hessian is positive
+            length, residual_CE = 0.0, torch.zeros_like(residual_CE)
+        else:
+            length, residual_CE = size / curvature, residual_CE - size / curvature * curved_CE
+        step_CE = step_CE + length * direction_CE
         scaled_CE = residual_CE / diagonal_CE
         previous, size = size, float((residual_CE * scaled_CE).sum())
         if problem.decide(size <= target):
             break
-        direction_CE = scaled_CE + size / previous * direction_CE
+        direction_CE = scaled_CE + size / (previous or 1.0) * direction_CE
     step_CE[:, -1] -= step_CE[:, -1].mean()  # adding a constant to the bias changes nothing
     return step_CE
