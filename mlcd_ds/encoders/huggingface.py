@@ -56,6 +56,11 @@ def load_text_encoder(folder: Path) -> TextEncoder:
     network = _from_pretrained(transformers.CLIPTextModelWithProjection, folder)
     config: Any = network.config
     length = config.max_position_embeddings
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"{folder}: its tokenizer has {len(tokenizer)} tokens, and the text tower {config.vocab_size}: they belong "
+            f"to different models. {FIX}"
+        )
 
     def encode(captions: list[str]) -> Tensor:
         tokens = tokenizer(captions, padding=True, truncation=True, max_length=length, return_tensors="pt")

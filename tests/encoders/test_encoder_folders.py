@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from clip_folder import write_clip
 from safetensors.torch import load_file, save_file
 from shard_maker import plain_shard, run_stage
 
+from mlcd_ds.data.tokenizers import clip_tokenizer
 from mlcd_ds.encoders.huggingface import load_text_encoder
 from mlcd_ds.encoders.registry import load_encoder
 from mlcd_ds.errors import UserError
@@ -125,6 +127,14 @@ def test_changed_processing_is_another_work(folder: Path, tmp_path: Path) -> Non
         edit(PROCESSOR, **change)(folder)
         done = run_stage(*flags)
         assert done.status == 2 and "was made with pixels=" in done.err
+
+
+def test_texts_of_another_vocabulary(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip")
+    assert load_text_encoder(clip).encode(["a cat"]).shape == (1, 16)
+    (clip / "tokenizer.json").write_text(clip_tokenizer().to_json())
+    with pytest.raises(UserError, match=r"its tokenizer has 49408 tokens, and the text tower 98: they belong to diff"):
+        load_text_encoder(clip)
 
 
 def test_texts_of_a_damaged_folder(folder: Path) -> None:
