@@ -23,7 +23,7 @@ RECALLS = [f"{way}_retrieval_recall@{k}" for way in ("text", "image") for k in (
 
 
 def pipeline(out: Path, demo: Path, overrides: list[str]) -> dict[str, dict]:
-    """Tokenizer, trainings, exports, evaluations; returns the reports."""
+    """Tokenizer, trainings, evaluations, exports; returns the reports."""
     train_index, test_index = demo / "index" / "train", demo / "index" / "test"
     stage("tokenizer", "--index", train_index, "--out", out / "tokenizer")
     reports = {}
@@ -31,13 +31,14 @@ def pipeline(out: Path, demo: Path, overrides: list[str]) -> dict[str, dict]:
         keys = {"data.index": train_index, "data.tokenizer": out / "tokenizer", "train.out": out / name}
         keys |= {"train.init_from": demo / "train"} if name == "lit" else {}
         launch_training(recipe, [f"{key}={value}" for key, value in keys.items()] + overrides)
-        stage("export", "--run", out / name, "--out", out / "export" / name)
         folder = out / "evaluation" / name
         stage(
             *("evaluate", "--model", out / name, "--protocols", "knn", "probe", "zeroshot", "retrieval"),
             *("--train-index", train_index, "--test-index", test_index),
             *("--classes", "demo/shards/classes.json", "--templates", "demo/templates.txt", "--out", folder),
         )
+        card = ("--report", folder / "report.json")
+        stage("export", "--run", out / name, *card, "--out", out / "export" / name)
         reports[name] = json.loads((ROOT / folder / "report.json").read_text())
     return reports
 
