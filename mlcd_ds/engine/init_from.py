@@ -59,6 +59,11 @@ class Start:
         before, model = self._recipe, recipe.model
         if before.text and recipe.text:
             check_text_shape(before.text, recipe.text, self.folder)
+            if self.checkpoint.inputs.get("tokenizer") != data.inputs.get("tokenizer"):
+                raise UserError(
+                    f"{source}: its text tower was trained with another tokenizer than data.tokenizer "
+                    f"{recipe.data.tokenizer}: name that one; a run of ours keeps it as tokenizer.json in its folder."
+                )
         check_shape(before.model, model, self.folder)
         if not self.is_of_kind(kind_of(recipe.objective)):
             return

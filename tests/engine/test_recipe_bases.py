@@ -72,7 +72,7 @@ def test_the_resolved_recipe_is_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"base": "nosuch"}, r"top.yaml: base 'nosuch': no such file, and not one of demo"),
+        ({"base": "nosuch"}, r"top.yaml: base 'nosuch': no such file, and not one of clip_vit_b_32, demo"),
         ({"base": "nosuch.yaml"}, r"top.yaml: base 'nosuch.yaml': no such file"),
         ({"base": ["vit_l_14"]}, r"top.yaml: base \['vit_l_14'\]: no such file"),
         ({"base": "top.yaml"}, r"top.yaml: base 'top.yaml' leads back to itself: \S*top.yaml -> \S*top.yaml\."),
@@ -101,7 +101,8 @@ def test_the_keys_that_may_change_when_a_run_goes_on() -> None:
     always += [f"train.{key}" for key in ("out", "micro_batch_per_rank", "recompute", "compile")]
     always += [f"train.{key}" for key in ("checkpoint_every", "keep_checkpoints", "log_every")]
     always += [f"train.{key}" for key in ("ema_decay", "knn_every", "milestone_every", "profile_steps")]
-    always += ["data.knn_index", "data.knn_label_key"]
+    always += [f"data.{key}" for key in ("knn_index", "knn_label_key", "classes", "templates", "tokenizer")]
+    always += ["train.zeroshot_every"]
     with_rates = ["optimizer.cooldown_steps", "train.steps"]
     assert {key for key, when in free_keys().items() if when == "always"} == set(always)
     assert {key for key, when in free_keys().items() if when == "rates"} == set(with_rates)

@@ -58,6 +58,12 @@ def test_a_run_keeps_its_tokenizer_and_goes_on_with_no_other(
     content = json.loads((tokenizer / TOKENIZER_NAME).read_text())
     content["normalizer"]["normalizers"].pop()  # capitals stay
     other.write_text(json.dumps(content))
+    for start in (run, newest_checkpoint(run)):
+        kept = (f"train.init_from={start}", f"train.out={tmp_path / 'next'}")
+        status, told = train(tmp_path, tiny_data, f"data.tokenizer={other}", *kept, "--dry-run", vocab_size=size)
+        assert status == 2 and f"trained with another tokenizer than data.tokenizer {other}" in told, told
+        status, told = train(tmp_path, tiny_data, f"data.tokenizer={run}", *kept, "--dry-run", vocab_size=size)
+        assert status == 0 and "# starts from" in told, told
     status, told = train(tmp_path, tiny_data, f"data.tokenizer={other}", vocab_size=size)
     assert status == 2 and "trained on other tokenizer than data.tokenizer names now" in told, told
 
