@@ -6,6 +6,8 @@ import contextlib
 import importlib
 import io
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,6 +58,15 @@ def run_stage(name: str, *flags: object) -> Finished:
         except SystemExit as end:
             status = end.code
     return Finished(status, out.getvalue(), err.getvalue())
+
+
+def run_child(name: str, *flags: object) -> Finished:
+    """Run `mlcd NAME FLAGS...` in a process of its own: DeepSpeed initialises a process once."""
+    command = [sys.executable, "-m", "mlcd_ds", name, *map(str, flags)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=child_environment(), capture_output=True, text=True, timeout=240, check=False
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 def encode(pixels: np.ndarray, kind: str = "JPEG", mode: str | None = None, **options: object) -> bytes:

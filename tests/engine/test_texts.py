@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from distributed_harness import TinyData
-from shard_maker import encode, picture, read_independently, run_stage, write_tar
+from shard_maker import Finished, encode, picture, read_independently, run_child, run_stage, write_tar
 from training_runs import DS_CONFIG, tiny_recipe
 
 from mlcd_ds.data.tokenizers import TOKENIZER_NAME, load_tokenizer
@@ -27,7 +28,9 @@ def tokenizer(tiny_data: TinyData) -> Path:
     return out
 
 
-def train(folder: Path, data: TinyData, *overrides: object, **text: int) -> tuple[int, str]:
+def train(
+    folder: Path, data: TinyData, *overrides: object, run: Callable[..., Finished] = run_stage, **text: int
+) -> tuple[int, str]:
     """`mlcd train` of a CLIP recipe: status and messages."""
     content = tiny_recipe(data.index, data.labels)
     content |= {"objective": {"name": "clip"}, "head": {}, "text": TEXT | text}
@@ -35,7 +38,7 @@ def train(folder: Path, data: TinyData, *overrides: object, **text: int) -> tupl
     content["optimizer"]["warmup_steps"] = 1
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))
-    finished = run_stage("train", "--deepspeed_config", DS_CONFIG, "--recipe", path, *overrides)
+    finished = run("train", "--deepspeed_config", DS_CONFIG, "--recipe", path, *overrides)
     assert "Traceback" not in finished.err, finished.err
     return finished.status, finished.err
 
@@ -44,7 +47,7 @@ def test_a_run_keeps_its_tokenizer_and_goes_on_with_no_other(
     tiny_data: TinyData, tokenizer: Path, tmp_path: Path
 ) -> None:
     size = load_tokenizer(str(tokenizer)).vocab_size
-    status, told = train(tmp_path, tiny_data, f"data.tokenizer={tokenizer}", vocab_size=size)
+    status, told = train(tmp_path, tiny_data, f"data.tokenizer={tokenizer}", run=run_child, vocab_size=size)
     assert status == 0, told
     run = tmp_path / "run"
     fingerprint = load_tokenizer(str(run / TOKENIZER_NAME)).fingerprint

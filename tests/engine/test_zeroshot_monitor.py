@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import yaml
 from distributed_harness import TinyData, assert_close, assert_differs, run_ranks
 from pair_trainers import go_on, make_trainer, train_mlcd
-from shard_maker import encode, picture, run_stage, write_tar
+from shard_maker import Finished, encode, picture, run_child, run_stage, write_tar
 from training_runs import DS_CONFIG, tiny_recipe
 
 from mlcd_ds.config import parse_recipe
@@ -91,7 +92,9 @@ def test_every_layout_says_the_same(tiny_data: TinyData, labelled: Path, tmp_pat
                 assert accuracy == right[2]
 
 
-def train(folder: Path, data: TinyData, labelled: Path, *overrides: str) -> tuple[int, str]:
+def train(
+    folder: Path, data: TinyData, labelled: Path, *overrides: str, run: Callable[..., Finished] = run_stage
+) -> tuple[int, str]:
     """`mlcd train` of two steps of CLIP with the demo's words."""
     content = tiny_recipe(data.index, data.labels)
     content |= {"objective": {"name": "clip"}, "head": {}}
@@ -101,13 +104,13 @@ def train(folder: Path, data: TinyData, labelled: Path, *overrides: str) -> tupl
     content["train"] |= {"steps": 2, "out": str(folder / "run")}
     content["optimizer"] |= {"warmup_steps": 1, "lr": 1e-2}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
-    finished = run_stage("train", "--deepspeed_config", DS_CONFIG, "--recipe", folder / "recipe.yaml", *overrides)
+    finished = run("train", "--deepspeed_config", DS_CONFIG, "--recipe", folder / "recipe.yaml", *overrides)
     assert "Traceback" not in finished.err, finished.err
     return finished.status, finished.err
 
 
 def test_it_says_what_evaluate_says(tiny_data: TinyData, labelled: Path, tmp_path: Path) -> None:
-    status, told = train(tmp_path, tiny_data, labelled)
+    status, told = train(tmp_path, tiny_data, labelled, run=run_child)
     assert status == 0, told
     entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     accuracies = [entry["evaluation/zeroshot"] for entry in entries if "evaluation/zeroshot" in entry]
