@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from mlcd_ds.artefacts.files import write_atomic
 from mlcd_ds.config import Recipe, dump_recipe, load_recipe, recipe_names
 from mlcd_ds.data.loader import StreamSlice
@@ -26,13 +24,13 @@ from mlcd_ds.distributed.stopping import EXIT_REQUEUE, StopRequest
 from mlcd_ds.engine.engine_config import read_layout, resolve_ds_config
 from mlcd_ds.engine.init_from import find_start
 from mlcd_ds.engine.layout import Layout, plan_batches
+from mlcd_ds.engine.phases import phase_at
+from mlcd_ds.engine.planned_towers import planned_towers
 from mlcd_ds.engine.precision import decide_precision
 from mlcd_ds.engine.run_folder import claim_folder, write_train_manifest
 from mlcd_ds.engine.trainer import Trainer
 from mlcd_ds.engine.training_data import missing_keys, open_data
 from mlcd_ds.kernels.device import check_bf16
-from mlcd_ds.models.tower import num_parameters
-from mlcd_ds.models.vit import ViT, flops_per_image
 from mlcd_ds.objectives.registry import kind_of
 from mlcd_ds.stages import runner
 
@@ -60,13 +58,15 @@ def describe(
     recipe: Recipe, ds_config: dict, layout: Layout, batch_slice: StreamSlice, context: runner.Context
 ) -> None:
     """Say what would run: the resolved files, sizes and shares."""
-    with torch.device("meta"):
-        model = ViT(recipe.model)
+    towers = planned_towers(recipe, phase_at(recipe, recipe.train.steps - 1))
     lines = [
         dump_recipe(recipe).rstrip(),
         f"# DeepSpeed: {ds_config}",
-        f"# backbone: {num_parameters(model) / 1e6:.1f} M parameters, {flops_per_image(recipe.model) / 1e9:.1f} GFLOP "
-        "an image forward",
+        *(
+            f"# {tower.label}: {tower.num_parameters / 1e6:.1f} M parameters, {tower.forward_flops / 1e9:.1f} GFLOP a "
+            f"sample forward{', frozen' if tower.is_frozen else ''}"
+            for tower in towers
+        ),
         f"# batch: {recipe.train.global_batch} = {layout.data_parallel} data-parallel x "
         f"{batch_slice.num_micro_batches} x {batch_slice.micro_batch}, on {layout.num_ranks} ranks",
         f"# samples seen: {recipe.train.steps * recipe.train.global_batch / 1e6:.1f} M",

@@ -168,10 +168,14 @@ def test_script_and_module_forms_are_the_same_program() -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_passes_a_dry_run(name: str) -> None:
-    config = "zero1_fp32_cpu.json" if name == "demo" else "zero1_bf16.json"
-    overrides = ("data.index=null", "data.labels=null") if name == "demo" else ()
+    is_demo = name.startswith("demo")
+    config = "zero1_fp32_cpu.json" if is_demo else "zero1_bf16.json"
+    overrides = ("data.index=null", "data.labels=null") if is_demo else ()
     said = mlcd("train", "--recipe", name, "--deepspeed_config", ROOT / "ds_configs" / config, "--dry-run", *overrides)
-    assert "M parameters" in said and f"out: runs/{name if name != 'demo' else 'demo/train'}" in said
+    recipe = load_recipe(name)
+    assert "# backbone: " in said and f"out: {recipe.train.out}" in said
+    assert ("# text tower: " in said) == (recipe.text is not None)
+    assert ("forward, frozen" in said) == (name in ("lit_vit_l_14", "demo_lit"))
 
 
 def test_the_main_recipe_is_the_papers() -> None:
