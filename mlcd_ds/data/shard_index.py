@@ -67,9 +67,11 @@ class IndexManifest(Manifest):
         """Shards that do not add up."""
         shards = [(shard.name, shard.num_images) for shard in self.shards]
         endings = ENDINGS if self.captions is None else (*ENDINGS, CAPTIONS_ENDING)
-        if self.captions is not None and sum(shard.num_captions or 0 for shard in self.shards) != self.num_captions:
+        problem = shards_problem(shards, self.num_images, self.files, endings)
+        num_captions = sum(shard.num_captions or 0 for shard in self.shards)
+        if problem is None and self.captions is not None and num_captions != self.num_captions:
             return f"its shards do not add up to the {self.num_captions} captions that it names"
-        return shards_problem(shards, self.num_images, self.files, endings)
+        return problem
 
 
 @dataclass(frozen=True)
