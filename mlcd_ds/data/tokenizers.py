@@ -9,6 +9,7 @@ B texts, L tokens of a text (the context).
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import json
@@ -80,7 +81,7 @@ class Tokenizer:
         """How a token is written."""
         return str(self._backend.id_to_token(number))
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the vocabulary, and of what a few texts become."""
         vocabulary = sorted(self._backend.get_vocab(with_added_tokens=True).items())

@@ -96,6 +96,17 @@ def _picture(share_CC: Tensor) -> str:
     return data_uri(buffer.getvalue(), "png")
 
 
+def answers(true_n: Sequence[int], taken_n: Sequence[int], names: Sequence[str]) -> list[str]:
+    """For each image its class, and what it is taken for where that is another."""
+    pairs = [(names[true], names[taken]) for true, taken in zip(true_n, taken_n, strict=True)]
+    return [true if true == taken else f"{true}, taken for {taken}" for true, taken in pairs]
+
+
+def under(protocol: str, sections: Sequence[Section]) -> list[Section]:
+    """The sections with the protocol's name before their headings."""
+    return [(f"{protocol}: {heading[0].lower()}{heading[1:]}", body) for heading, body in sections]
+
+
 def spread(is_shown_M: Tensor, count: int = SHOWN) -> list[int]:
     """Numbers of `count` of the images that are asked for (bool [M]), evenly from the first to the last."""
     numbers = is_shown_M.nonzero()[:, 0].tolist()

@@ -58,7 +58,7 @@ def fit_logistic(
     minimum, and says so in `is_converged`.
 
     With `ranks` the samples are those of all ranks, and so is the fit, up to the rounding of sums in another order
-    (`tests/evaluation/test_probe_ranks.py`). Collectives: all-reduces of [C, E], one an evaluation and one a step of
+    (`tests/evaluation/test_ranks.py`). Collectives: all-reduces of [C, E], one an evaluation and one a step of
     conjugate gradients, and of single numbers, by which all ranks decide as rank 0.
     """
     problem = _Problem(features_nD, labels_n, num_classes, l2, ranks)

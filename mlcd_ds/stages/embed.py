@@ -25,6 +25,7 @@ from mlcd_ds.artefacts.files import write_array
 from mlcd_ds.artefacts.manifest import library_versions, write_manifest
 from mlcd_ds.artefacts.typed import MAX_BATCH, MAX_THREADS
 from mlcd_ds.clustering.embedding_store import EmbeddingManifest
+from mlcd_ds.data.captions import USABLE, caption_state, caption_text
 from mlcd_ds.data.dali import EvaluationDecoder
 from mlcd_ds.data.loader import shard_images
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
@@ -59,11 +60,12 @@ def embed_shard(encoder: Encoder, decoder: EvaluationDecoder, index: ShardIndex,
 
 
 def embed_captions(texts: TextEncoder, index: ShardIndex, shard: int, batch_size: int) -> np.ndarray:
-    """Unit-length embeddings fp16 [n, E] of a shard's captions; zero rows where a sample has none."""
+    """Unit-length embeddings fp16 [n, E] of a shard's captions; zero rows where a sample has no usable one."""
     samples, reader = index.samples(shard), ShardReader(index)
     rows = range(len(samples.keys))
-    captions = [reader.read(shard, samples.caption, row).decode("utf-8", "replace").strip() for row in rows]
+    members = [reader.read(shard, samples.caption, row) for row in rows]
     reader.close()
+    captions = [caption_text(member) if caption_state(member) == USABLE else "" for member in members]
     blocks = []
     with torch.inference_mode():
         for begin in range(0, len(captions), batch_size):
@@ -127,8 +129,8 @@ def run(options: Options, context: runner.Context) -> None:
         bare = np.flatnonzero(~texts_NE.any(axis=1))
         if len(bare):
             raise UserError(
-                f"{index.shards[shard].path}, key {index.samples(shard).keys[bare[0]]} has no caption: --features "
-                "joint takes the image alone there."
+                f"{index.shards[shard].path}, key {index.samples(shard).keys[bare[0]]} has no usable caption: "
+                "--features joint takes the image alone there."
             )
         return texts_NE
 

@@ -140,6 +140,28 @@ def test_a_layout_trains_as_one_process(
                     assert_close(f"{what}: {key}", weights[key], weight, WEIGHT_TOLERANCE)
 
 
+def lengths(group: Group, data: TinyData, folder: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Without noise: the embeddings' mean lengths that a step tells, those of the same batch, and of other pictures."""
+    os.environ.update(RANK=str(group.rank), WORLD_SIZE=str(group.size), LOCAL_RANK=str(group.rank))
+    quiet = {"train": {"drop_path": 0.0, "token_drop": 0.0}}
+    trainer = make_trainer(data, folder / "quiet", Layout(1, 1, 0), group, "clip", 1, sections=quiet)
+    batch = next(trainer.batches(0))
+    given = {"image": batch.images_B3SS, "text": batch.fields["tokens"]}
+    right, twin = (
+        [trainer.embed(name, change(value), is_projected=True).norm(dim=1).mean() for name, value in given.items()]
+        for change in (lambda value: value, torch.zeros_like)
+    )
+    measures = trainer.step(0, iter([batch])).measures
+    told = [measures[f"embeddings/norm_{name}"] for name in given]
+    return torch.stack(told), torch.stack(right), torch.stack(twin)
+
+
+def test_lengths_are_those_before_normalising(tiny_data: TinyData, tmp_path: Path) -> None:
+    told, right, twin = run_ranks(lengths, 1, tiny_data, tmp_path)[0]
+    assert_close("lengths", told, right, 1e-6)
+    assert_differs("lengths of others", twin, right, 1e-3)
+
+
 def test_it_learns(expected: Found) -> None:
     curve, weights = expected["clip", 0, 1]
     assert curve[-1, 0] < curve[0, 0] and curve[0, 2] == pytest.approx(1 / 0.07)

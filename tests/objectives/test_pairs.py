@@ -79,6 +79,23 @@ def compute(group: Group, kind: str, batch: Batch, scale: float, *wanted: str) -
     return {"loss": parts.sum(), **gradients}
 
 
+def gap_of(group: Group) -> tuple[Tensor, Tensor]:
+    """The gap of a batch, and of its known-bad twin, texts on the other side."""
+    image_BE, text_BE = make_batch(group.size).own(group)
+    scale, matmul = torch.tensor(14.0, dtype=torch.float64), Matmul(False, "cpu")
+    right, twin = (pairs.Pairs(image_BE, rows, scale, group, matmul).gap() for rows in (text_BE, -text_BE))
+    return right, twin
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_the_gap_is_between_the_means_of_all_ranks(num_ranks: int) -> None:
+    batch = make_batch(num_ranks)
+    expected = (batch.image_GE.mean(dim=0) - batch.text_GE.mean(dim=0)).norm()
+    for right, twin in run_ranks(gap_of, num_ranks):
+        assert_close("gap", right, expected, TOLERANCE)
+        assert_differs("gap of other texts", twin, expected, 1e-3)
+
+
 def compute_all(group: Group) -> dict[tuple, dict[str, Tensor]]:
     found, blocks = {}, pairs.BLOCKS["cpu"]
     for kind in ("clip", "siglip"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
 from pathlib import Path
 
@@ -59,17 +60,22 @@ def test_joint_features_are_the_mean_of_both(tiny_data: TinyData, clip: Path, tm
     assert_differs("captions alone", joint, texts, TOLERANCE)
 
 
-@pytest.fixture
-def bare_index(tiny_data: TinyData, tmp_path: Path) -> Path:
-    """The index of a shard whose third sample has no caption."""
+@pytest.fixture(params=[None, b"\xff\xfe", b"&nbsp;"], ids=["missing", "not UTF-8", "empty"])
+def bare_index(tiny_data: TinyData, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """The index of a shard whose third sample has no usable caption."""
     shard = tmp_path / "00000.tar"
     with tarfile.open(tiny_data.shard) as source, tarfile.open(shard, "w") as target:
         keys: list[str] = []
         for member in source:
             key = member.name.split(".")[0]
             keys += [key] if key not in keys else []
-            if len(keys) <= 5 and not (len(keys) == 3 and member.name.endswith(".txt")):
+            if len(keys) > 5:
+                break
+            if not (len(keys) == 3 and member.name.endswith(".txt")):
                 target.addfile(member, source.extractfile(member))
+            elif request.param is not None:
+                member.size = len(request.param)
+                target.addfile(member, io.BytesIO(request.param))
     assert index.main(["--shards", str(shard), "--out", str(tmp_path / "index")]) == 0
     return tmp_path / "index"
 
@@ -82,7 +88,7 @@ def test_a_sample_without_a_caption(bare_index: Path, clip: Path, tmp_path: Path
     arguments = ["--index", bare_index, "--encoder", clip, "--features", "text", "--out", tmp_path / "text"]
     assert embed.main([str(argument) for argument in arguments]) == 2
     told = capfd.readouterr().err
-    assert "has no caption: --features joint takes the image alone" in told and "00000.tar, key" in told
+    assert "has no usable caption: --features joint takes the image alone" in told and "00000.tar, key" in told
 
 
 def test_encoders_without_texts_are_refused(tiny_data: TinyData, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

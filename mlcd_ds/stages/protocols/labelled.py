@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlcd_ds.errors import UserError
 from mlcd_ds.evaluation.ranks import Ranks
-from mlcd_ds.stages.protocols.rows import Rows
+from mlcd_ds.stages.protocols.rows import Rows, refuse_unlabelled
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,7 @@ class Labelled:
 
 def labelled(rows: Rows, label_key: str, ranks: Ranks, device: torch.device) -> Labelled:
     """UserError where no sample has a label."""
-    if not rows.count:
-        raise UserError(
-            f"{rows.index.folder}: no sample has a label under {label_key!r}, nor a .cls member. Name another "
-            "--label-key."
-        )
+    refuse_unlabelled(rows, label_key)
     return Labelled(rows, rows.own("", ranks, device), rows.own("labels", ranks, device))
 
 

@@ -9,7 +9,7 @@ import torch
 
 from mlcd_ds.artefacts.html_page import Section, captioned
 from mlcd_ds.errors import UserError
-from mlcd_ds.evaluation.class_page import class_sections, spread
+from mlcd_ds.evaluation.class_page import answers, class_sections, spread, under
 from mlcd_ds.evaluation.linear_probe import ProbeResult, linear_probe
 from mlcd_ds.evaluation.ranks import Ranks
 from mlcd_ds.stages.protocols.base import Outcome
@@ -56,7 +56,6 @@ def _sections(probe: ProbeResult, test: Labelled, names: Sequence[str]) -> list[
     sections = class_sections(probe.confusion_CC, names, len(probe.splits))
     for heading, is_shown_M in (("Hits", num_right_M == len(probe.splits)), ("Misses", num_right_M == 0)):
         numbers = spread(is_shown_M)
-        pairs = [(names[int(labels_M[n])], names[int(probe.predictions_SM[0, n])]) for n in numbers]
-        texts = [true if true == taken else f"{true}, taken for {taken}" for true, taken in pairs]
+        texts = answers(labels_M[numbers].tolist(), probe.predictions_SM[0, numbers].tolist(), names)
         sections.append((f"{heading} of all splits", captioned(test.rows.thumbnails(numbers), texts)))
-    return [(f"Linear probe: {heading[0].lower()}{heading[1:]}", body) for heading, body in sections]
+    return under("Linear probe", sections)

@@ -152,6 +152,15 @@ def _written(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> tuple
     return files, {"num_rows": len(arrays[""]), "width": arrays[""].shape[1]}
 
 
+def refuse_unlabelled(rows: Rows, label_key: str) -> None:
+    """UserError where no row has a label."""
+    if not (rows.all("labels") != UNLABELLED).any():
+        raise UserError(
+            f"{rows.index.folder}: no sample has a label under {label_key!r}, nor a .cls member. Name another "
+            "--label-key."
+        )
+
+
 def refuse_not_finite(rows_nD: Tensor, ranks: Ranks, what: str) -> None:
     """UserError where any rank has NaN or infinity. One all-reduce."""
     if ranks.total(float(not rows_nD.isfinite().all()), rows_nD.device):

@@ -11,11 +11,11 @@ import torch
 from mlcd_ds.artefacts.html_page import Section, captioned
 from mlcd_ds.encoders.base import TextEncoder
 from mlcd_ds.errors import UserError
-from mlcd_ds.evaluation.class_page import SHOWN, class_sections
+from mlcd_ds.evaluation.class_page import SHOWN, answers, class_sections, under
 from mlcd_ds.evaluation.ranks import Ranks
 from mlcd_ds.evaluation.zeroshot import ZeroShotHits, ZeroShotResult, class_embeddings, zeroshot_hits, zeroshot_result
 from mlcd_ds.stages.protocols.base import Outcome
-from mlcd_ds.stages.protocols.rows import UNLABELLED, Rows, refuse_not_finite
+from mlcd_ds.stages.protocols.rows import UNLABELLED, Rows, refuse_not_finite, refuse_unlabelled
 
 METRICS = ("acc1", "acc5", "mean_per_class_recall")
 
@@ -23,11 +23,7 @@ METRICS = ("acc1", "acc5", "mean_per_class_recall")
 def check(images: Rows, names: Sequence[str], classes: Path, label_key: str) -> None:
     """UserError where names and labels do not fit together."""
     labels_N = images.all("labels")
-    if not (labels_N != UNLABELLED).any():
-        raise UserError(
-            f"{images.index.folder}: no sample has a label under {label_key!r}, nor a .cls member. Name another "
-            "--label-key."
-        )
+    refuse_unlabelled(images, label_key)
     if labels_N.max() >= len(names):
         raise UserError(
             f"{images.index.folder} has label {labels_N.max()}, but --classes {classes} has {len(names)} names, of "
@@ -78,7 +74,6 @@ def _sections(
     is_hit = hits.places_N.cpu()[order] == 0
     taken_N = hits.predictions_N.cpu()
     for heading, shown in (("Surest hits", order[is_hit][:SHOWN]), ("Surest misses", order[~is_hit].flip(0)[:SHOWN])):
-        pairs = [(names[int(true_N[n])], names[int(taken_N[n])]) for n in shown.tolist()]
-        texts = [true if true == taken else f"{true}, taken for {taken}" for true, taken in pairs]
+        texts = answers(true_N[shown].tolist(), taken_N[shown].tolist(), names)
         sections.append((heading, captioned(images.thumbnails(numbers_N[shown.numpy()].tolist()), texts)))
-    return [(f"Zero-shot: {heading[0].lower()}{heading[1:]}", body) for heading, body in sections]
+    return under("Zero-shot", sections)
