@@ -10,19 +10,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from distributed_harness import TinyData, assert_close, assert_differs, run_ranks
 from pair_trainers import go_on, make_trainer, train_mlcd
 from shard_maker import Finished, encode, picture, run_child, run_stage, write_tar
+from torch import Tensor
 from training_runs import DS_CONFIG, tiny_recipe
 
 from mlcd_ds.config import parse_recipe
+from mlcd_ds.data import reference
+from mlcd_ds.data.dali import WholeImages
+from mlcd_ds.data.pixels import clip_pixels
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.layout import Layout
 from mlcd_ds.engine.monitors import ZeroShotMonitor
 from mlcd_ds.errors import UserError
+from mlcd_ds.evaluation.prompts import read_templates
 
 NAMES = ["animal", "red heart", "tool", "plant"]
 NUM_LABELLED, NUM_OTHERS = 13, 2
@@ -71,6 +78,38 @@ def monitored(
             assert not plain.monitors and torch.equal(go_on(plain, 0, 2), curve), "the monitor changes the training"
             plain.engine.destroy()
     return found
+
+
+def by_hand(group: Group, data: TinyData, folder: Path, labelled: Path) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """The monitor's embeddings, and those of pictures by the plain loader and of texts one by one; and a known-bad
+    twin, pictures mirrored and names in another order."""
+    os.environ.update(RANK=str(group.rank), WORLD_SIZE=str(group.size), LOCAL_RANK=str(group.rank))
+    trainer = make_trainer(data, folder, Layout(1, 1, 0), group, "clip", 1, sections=sections(labelled))
+    monitor, tokenizer, text = trainer.monitors["zeroshot"][1], trainer.data.tokenizer, trainer.recipe.text
+    assert isinstance(monitor, ZeroShotMonitor) and tokenizer and text
+    encoded = [encode(picture(number)) for number in range(NUM_LABELLED)]
+    whole = WholeImages(encoded, np.full((NUM_LABELLED, 2), 40))
+    images_N3SS = reference.load_whole(whole, clip_pixels(trainer.recipe.model.image_size))
+
+    def classes(names: list[str]) -> Tensor:
+        texts = [[template.replace("{}", name) for template in read_templates("clip_7")] for name in names]
+        tokens = [torch.from_numpy(tokenizer.encode(of_class, text.context)) for of_class in texts]
+        embedded = [F.normalize(trainer.embed("text", rows, is_projected=True), dim=1) for rows in tokens]
+        return torch.stack([F.normalize(rows.mean(dim=0), dim=0) for rows in embedded])
+
+    images_NE, classes_CE = monitor.embeddings()
+    twin_NE, right_NE = (trainer.embed("image", x, is_projected=True) for x in (images_N3SS.flip(3), images_N3SS))
+    return {
+        "images": (images_NE.double(), right_NE.double(), twin_NE.double()),
+        "classes": (classes_CE.double(), classes(NAMES).double(), classes(NAMES[::-1]).double()),
+    }
+
+
+def test_it_embeds_what_it_says(tiny_data: TinyData, labelled: Path, tmp_path: Path) -> None:
+    for name, (found, right, twin) in run_ranks(by_hand, 1, tiny_data, tmp_path, labelled)[0].items():
+        tolerance = {"images": 0.02, "classes": 1e-6}[name]  # DALI's pixels differ a little from the plain loader's
+        assert_close(name, found, right, tolerance)
+        assert_differs(f"{name}: twin", found, twin, tolerance)
 
 
 def test_every_layout_says_the_same(tiny_data: TinyData, labelled: Path, tmp_path: Path) -> None:
