@@ -84,10 +84,10 @@ class Recipe(Sections):
 
 def _check_sections(recipe: Recipe) -> None:
     """Raise ValueError where a section that is for other objectives says something."""
-    kind = kind_of(recipe.objective)
+    mine = kind_of(recipe.objective).sections_of(recipe)
     for section, field in type(recipe).model_fields.items():
         owners = owners_of_section(section)
-        if not owners or section in kind.sections or getattr(recipe, section) == field.default:
+        if not owners or section in mine or getattr(recipe, section) == field.default:
             continue
         given = [key for key in changed_entries(_plain(field.default), _plain(getattr(recipe, section)))]
         name = ".".join([section, *given[:1]])
