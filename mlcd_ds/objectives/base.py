@@ -112,6 +112,10 @@ class Objective(ABC):
     needs_whole_batch: ClassVar[bool] = False
     """Whether it must be called once for all micro-batches of a step, as its loss is not a mean over images: see
     `sees_whole_batch`."""
+    output_names: ClassVar[tuple[str, ...]] = ()
+    """Outputs that its module in the engine may add."""
+    has_own_order: ClassVar[bool] = False
+    """Whether `sample_order` is its own."""
     own_files: re.Pattern[str] | None = None
     """Names of the files that `save` writes."""
 
