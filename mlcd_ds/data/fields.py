@@ -58,6 +58,10 @@ class Tokens:
     def inputs(self) -> dict[str, str]:
         return {"tokenizer": self.tokenizer.fingerprint}
 
+    def reopened(self) -> Tokens:
+        """The same field, to be read by another thread."""
+        return Tokens(self._index, self.tokenizer, self._context, self._form)
+
     def read(self, shards_B: np.ndarray, rows_B: np.ndarray, keys_B: np.ndarray) -> np.ndarray:
         texts = [self._text(*place) for place in zip(shards_B, rows_B, keys_B, strict=True)]
         return self.tokenizer.encode(texts, self._context)

@@ -36,6 +36,12 @@ def uniforms(seed: int, epoch: int, ids_N: np.ndarray, num_draws: int) -> np.nda
     return (draws >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def locate_in(firsts_S: np.ndarray, ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shard and row in the shard of global ids; `firsts_S`: global id of each shard's first sample."""
+    shards_N = np.searchsorted(firsts_S, ids_N, side="right") - 1
+    return shards_N, ids_N - firsts_S[shards_N]
+
+
 class Order(Protocol):
     """Which samples the loader reads, and with which draws."""
 
@@ -78,8 +84,7 @@ class SampleOrder:
 
     def locate(self, ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard and row in the shard of global ids."""
-        shards_N = np.searchsorted(self._firsts_S, ids_N, side="right") - 1
-        return shards_N, ids_N - self._firsts_S[shards_N]
+        return locate_in(self._firsts_S, ids_N)
 
     def _permuted_window(self, epoch: int, stream: int, window: int) -> np.ndarray:
         """Global ids of one window of a stream."""

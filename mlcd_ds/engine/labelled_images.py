@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from mlcd_ds.config import Recipe
-from mlcd_ds.data.dali import EvaluationDecoder, WholeImages
 from mlcd_ds.data.pixels import clip_pixels
 from mlcd_ds.data.sample_labels import shard_labels
-from mlcd_ds.data.shard_index import ShardIndex, ShardReader
+from mlcd_ds.data.shard_index import ShardIndex
+from mlcd_ds.data.whole_images import WholeImageReader
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.layout import Layout
 from mlcd_ds.errors import UserError
@@ -38,9 +38,9 @@ class LabelledImages:
                 "data.knn_label_key, or leave train.knn_every and train.zeroshot_every out."
             )
         self.labels_N = torch.from_numpy(np.concatenate([part[part >= 0] for part in labels.values()])).to(device)
-        self._decoder = EvaluationDecoder(
-            batch_size, clip_pixels(recipe.model.image_size), device, num_threads=recipe.data.num_threads
-        )
+        pixels, threads = clip_pixels(recipe.model.image_size), recipe.data.num_threads
+        source = f"data.knn_index {index.folder}"
+        self._reader = WholeImageReader(index, batch_size, pixels, device, threads, source)
 
     def features(self, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """[N, D] on every rank; `encode` gives those of images [B, 3, S, S]. An all-gather, and what `encode` calls."""
@@ -52,17 +52,5 @@ class LabelledImages:
         """Batches of this rank's share. Every rank has as many: the last image is repeated where some are lacking."""
         count = -(-len(self._places) // self._layout.data_parallel)
         first = self._layout.data_rank(self._group.rank) * count
-        mine = [self._places[min(number, len(self._places) - 1)] for number in range(first, first + count)]
-        reader, size = ShardReader(self.index), self._decoder.batch_size
-        try:
-            for begin in range(0, count, size):
-                self._decoder.push(self._read(reader, mine[begin : begin + size]))
-                yield self._decoder.pop()
-        finally:
-            reader.close()
-
-    def _read(self, reader: ShardReader, places: list[tuple[int, int]]) -> WholeImages:
-        samples = [self.index.samples(shard) for shard, _ in places]
-        read = [reader.read(shard, table.image, row) for (shard, row), table in zip(places, samples, strict=True)]
-        sizes = np.stack([table.sizes_N2[row] for (_, row), table in zip(places, samples, strict=True)])
-        return WholeImages(read, sizes, f"data.knn_index {self.index.folder}")
+        mine = np.minimum(np.arange(first, first + count), len(self._places) - 1)
+        return self._reader.batches(*np.array(self._places)[mine].T)

@@ -120,7 +120,7 @@ class Trainer:
         lr = learning_rate(step, self.recipe.train.steps, config)
         set_learning_rate(self.engine.optimizer, lr, self.objective.still_towers(step))
         token_drop = phase_at(self.recipe, step).token_drop
-        if self.objective.begin_phase(step, self.embed):
+        if self.objective.begin_phase(step, self.embed, self.own_outputs):
             clock.mark("phase")
         self.objective.begin_step(step)
         clock.mark("other")
@@ -204,6 +204,11 @@ class Trainer:
         output = self.engine(**{tower: given.to(self.dtype) if tower == "image" else given}, is_projected=is_projected)
         self.engine.train()
         return output[tower].float()
+
+    @torch.no_grad()
+    def own_outputs(self) -> dict[str, Tensor]:
+        """What the objective's module gives as it is now. Calls the engine's collectives."""
+        return self.engine()
 
     @torch.inference_mode()
     def _frozen_outputs(self, batch: Batch) -> dict[str, Tensor]:

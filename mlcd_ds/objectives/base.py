@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -35,6 +35,10 @@ class Embed(Protocol):
     """A tower as it is now, without noise: features [B, D] of what it is given, or embeddings [B, E]. Collective."""
 
     def __call__(self, tower: str, given: Tensor, *, is_projected: bool) -> Tensor: ...
+
+
+OwnOutputs = Callable[[], Mapping[str, Tensor]]
+"""What an objective's module gives as it is now, where it needs no tower's outputs for it. Collective."""
 
 
 def has_rows(output: str) -> bool:
@@ -211,7 +215,7 @@ class Objective(ABC):
         what was taken, in words. Collective."""
         return []
 
-    def begin_phase(self, step: int, embed: Embed) -> bool:
+    def begin_phase(self, step: int, embed: Embed, own_outputs: OwnOutputs) -> bool:
         """Before every step: where a phase of several steps begins with it, make what holds in the phase. Returns
         whether that took any time. Collective."""
         return False

@@ -36,7 +36,7 @@ class PairObjective(TwoTowers):
     """An objective over all pairs of a global batch, with a learned scale in the engine."""
 
     needs_whole_batch = True
-    output_names = ("scale", "bias")
+    output_names: ClassVar[tuple[str, ...]] = ("scale", "bias")
     num_products: ClassVar[int]
     """Products [B, G, E] of a step on a rank."""
 

@@ -16,7 +16,7 @@ from mlcd_ds.artefacts.typed import Frozen
 from mlcd_ds.data.fields import TrainingData
 from mlcd_ds.data.order import Order
 from mlcd_ds.distributed.groups import ParallelGroups
-from mlcd_ds.objectives.base import Embed, Given, Need, Objective, PlannedRun
+from mlcd_ds.objectives.base import Embed, Given, Need, Objective, OwnOutputs, PlannedRun
 from mlcd_ds.objectives.single import KINDS, SingleConfig, single_kind_of
 from mlcd_ds.recipes.sections import ObjectiveConfig, Sections
 
@@ -159,8 +159,8 @@ class Sum(Objective):
     def start_from(self, folder: Path) -> list[str]:
         return [note for part in self.parts for note in part.start_from(folder)]
 
-    def begin_phase(self, step: int, embed: Embed) -> bool:
-        return any([part.begin_phase(step, embed) for part in self.parts])
+    def begin_phase(self, step: int, embed: Embed, own_outputs: OwnOutputs) -> bool:
+        return any([part.begin_phase(step, embed, own_outputs) for part in self.parts])
 
     def still_towers(self, step: int) -> tuple[str, ...]:
         return _joined(part.still_towers(step) for part in self.parts)
