@@ -1,18 +1,24 @@
-"""Models in Hugging Face folders: CLIP and MLCD image towers, CLIP's text tower."""
+"""Models in Hugging Face folders: CLIP and MLCD image towers, CLIP's text tower, language models.
+
+B texts, T tokens, D width.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlcd_ds.artefacts.readers import decoding, read_json_object
 from mlcd_ds.encoders.base import Encoder, TextEncoder
 from mlcd_ds.encoders.preprocessor import read_pixels
 from mlcd_ds.errors import UserError
 
+IMAGE_TYPES = ("clip", "clip_vision_model", "mlcd", "mlcd_vision_model")
+"""Values of model_type of models that take images."""
 FIX = "Take the files of the model's own release, or export the run again."
 
 
@@ -30,7 +36,7 @@ def hugging_face(folder: Path, size: int | None) -> Encoder:
     if kind not in classes:
         raise UserError(f"{folder / 'config.json'}: model_type {kind} is not one of {', '.join(classes)}. {FIX}")
     network = _from_pretrained(classes[kind], folder)
-    config: Any = network.config
+    config = network.config
     trained = getattr(config, "vision_config", config)
     if size not in (None, trained.image_size):
         raise UserError(f"{folder} takes images of {trained.image_size} pixels, not {size}.")
@@ -43,19 +49,34 @@ def hugging_face(folder: Path, size: int | None) -> Encoder:
     return Encoder(folder.resolve().name, pixels, network, encode)
 
 
+def is_language_model(folder: Path) -> bool:
+    """Whether a folder is that of a model of texts alone."""
+    return os.path.exists(folder / "config.json") and model_type(folder) not in IMAGE_TYPES  # False for a long name
+
+
 def load_text_encoder(folder: Path) -> TextEncoder:
-    """The text half of a CLIP model with its tokenizer, from a Hugging Face folder. Captions are cut at its length."""
+    """From a Hugging Face folder with a tokenizer: the text half of a CLIP model, or a language model (BERT, RoBERTa),
+    of which the mean of the last hidden states is taken. Captions are cut at its length."""
     import transformers
 
-    if not (folder / "config.json").exists() or model_type(folder) != "clip":
-        raise UserError(f"{folder} is not the folder of a whole CLIP model (model_type clip): only such encode texts.")
-    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+    if not is_language_model(folder) and not ((folder / "config.json").exists() and model_type(folder) == "clip"):
+        raise UserError(
+            f"{folder} is not the folder of a whole CLIP model (model_type clip), nor of a language model: only such "
+            "encode texts."
+        )
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
         raise UserError(f"{folder} has no tokenizer (tokenizer.json, or vocab.json and merges.txt). {FIX}")
     with decoding(f"{folder}: its tokenizer", FIX):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    network = _from_pretrained(transformers.CLIPTextModelWithProjection, folder)
-    config: Any = network.config
-    length = config.max_position_embeddings
+    if is_language_model(folder):
+        network = _from_pretrained(transformers.AutoModel, folder, unused="pooler.")
+        if hasattr(network, "pooler"):  # random numbers, in models that were trained to fill in words
+            network.pooler = None
+        length = _max_length(network, tokenizer)
+    else:
+        network = _from_pretrained(transformers.CLIPTextModelWithProjection, folder)
+        length = network.config.max_position_embeddings
+    config = network.config
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"{folder}: its tokenizer has {len(tokenizer)} tokens, and the text tower {config.vocab_size}: they belong "
@@ -65,9 +86,25 @@ def load_text_encoder(folder: Path) -> TextEncoder:
     def encode(captions: list[str]) -> Tensor:
         tokens = tokenizer(captions, padding=True, truncation=True, max_length=length, return_tensors="pt")
         inputs = {name: tokens[name].to(network.device) for name in ("input_ids", "attention_mask")}
-        return network(**inputs).text_embeds
+        output = network(**inputs)
+        return output.text_embeds if hasattr(output, "text_embeds") else _mean(output, inputs["attention_mask"])
 
     return TextEncoder(folder.resolve().name, network.eval().requires_grad_(False), encode)
+
+
+def _mean(output: Any, mask_BT: Tensor) -> Tensor:
+    """[B, D]: of the last hidden states, over the tokens that are no padding."""
+    weights_BT1 = mask_BT[:, :, None].to(output.last_hidden_state.dtype)
+    return (output.last_hidden_state * weights_BT1).sum(dim=1) / weights_BT1.sum(dim=1)
+
+
+def _max_length(network: Any, tokenizer: Any) -> int:
+    """Most tokens of a text for a language model."""
+    positions = getattr(network.config, "max_position_embeddings", tokenizer.model_max_length)
+    table = getattr(getattr(network, "embeddings", None), "position_embeddings", None)
+    if getattr(table, "padding_idx", None) is not None:  # RoBERTa counts positions from behind that of padding
+        positions -= table.padding_idx + 1
+    return min(positions, tokenizer.model_max_length)
 
 
 def model_type(folder: Path) -> str:
@@ -75,8 +112,9 @@ def model_type(folder: Path) -> str:
     return str(read_json_object(folder / "config.json", FIX).get("model_type"))
 
 
-def _from_pretrained(kind: Any, folder: Path) -> nn.Module:
-    """A model of transformers in fp32. UserError where the folder lacks some of its weights or has other shapes."""
+def _from_pretrained(kind: Any, folder: Path, unused: str | None = None) -> Any:
+    """A model of transformers in fp32. UserError where the folder lacks some of its weights, but for those whose names
+    begin with `unused`, or has other shapes."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -98,7 +136,8 @@ def _from_pretrained(kind: Any, folder: Path) -> nn.Module:
         raise UserError(
             f"{folder}: {name} is {list(found)} in model.safetensors, and {list(wanted)} by config.json. {FIX}"
         )
-    if info["missing_keys"]:
-        lacking = sorted(info["missing_keys"])[:3]
+    missing = [name for name in info["missing_keys"] if unused is None or not name.startswith(unused)]
+    if missing:
+        lacking = sorted(missing)[:3]
         raise UserError(f"{folder}: the weights lack {lacking}: no whole {kind.__name__}. {FIX}")
     return network

@@ -1,6 +1,7 @@
 """Embed every image of an index with a frozen encoder: the space in which images are clustered.
 
-With a CLIP model --features joint clusters images and captions together: the mean of both, of unit length each.
+With a CLIP model --features joint clusters images and captions together: the mean of both, of unit length each. With
+--features text --encoder may also be the folder of a language model (BERT, RoBERTa): its mean over a caption's tokens.
 
 Writes one file a shard, `NAME.npy`: fp16 [n, E], rows of unit length, in index order. Resumed shard by shard; shards
 are dealt over the ranks.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from mlcd_ds.data.dali import EvaluationDecoder
 from mlcd_ds.data.loader import shard_images
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
 from mlcd_ds.encoders.base import Encoder, TextEncoder
-from mlcd_ds.encoders.huggingface import load_text_encoder
+from mlcd_ds.encoders.huggingface import is_language_model, load_text_encoder
 from mlcd_ds.encoders.registry import load_encoder
 from mlcd_ds.errors import UserError
 from mlcd_ds.stages import runner
@@ -92,10 +93,13 @@ def run(options: Options, context: runner.Context) -> None:
     """Embed all shards over all ranks; rank 0 writes the manifest."""
     index = ShardIndex(options.index)
     index.check_shards(context.group.rank, context.group.size)
-    encoder = load_encoder(options.encoder)
-    weights = encoder.fingerprint()
+    has_no_images = options.features == "text" and is_language_model(Path(options.encoder))
+    encoder = None if has_no_images else load_encoder(options.encoder)
     texts = None if options.features == "image" else load_text_encoder(Path(options.encoder))
-    parameters = {"encoder": encoder.name, "weights_sha256": weights, "pixels": asdict(encoder.pixels)}
+    name = encoder.name if encoder else Path(options.encoder).resolve().name
+    parameters: dict[str, Any] = {"encoder": name}
+    if encoder:
+        parameters |= {"weights_sha256": encoder.fingerprint(), "pixels": asdict(encoder.pixels)}
     if texts:
         parameters |= {"features": options.features, "text_weights_sha256": texts.fingerprint()}
     wanted = EmbeddingManifest(
@@ -110,35 +114,39 @@ def run(options: Options, context: runner.Context) -> None:
     )
     if runner.already_done(options, context, EmbeddingManifest, wanted):
         return
-    runner.logger.info("embed: %d images with %s -> %s", index.num_images, encoder.name, options.out)
+    runner.logger.info("embed: %d images with %s -> %s", index.num_images, name, options.out)
     if options.dry_run:
         return
-    encoder.to(context.device)
-    decoder = EvaluationDecoder(options.batch_size, encoder.pixels, context.device, options.num_threads)
     numbers = {entry.name: number for number, entry in enumerate(index.shards)}
-
+    if encoder and options.features != "text":
+        encoder.to(context.device)
+        decoder = EvaluationDecoder(options.batch_size, encoder.pixels, context.device, options.num_threads)
     if texts:
         texts.network.to(context.device)
 
+    def embed_images(shard: int) -> np.ndarray:
+        assert encoder
+        return embed_shard(encoder, decoder, index, shard)
+
     def embed(shard: int) -> np.ndarray:
         if texts is None:
-            return embed_shard(encoder, decoder, index, shard)
+            return embed_images(shard)
         texts_NE = embed_captions(texts, index, shard, options.batch_size)
         if options.features == "joint":
-            return joined(embed_shard(encoder, decoder, index, shard), texts_NE)
+            return joined(embed_images(shard), texts_NE)
         bare = np.flatnonzero(~texts_NE.any(axis=1))
         if len(bare):
             raise UserError(
                 f"{index.shards[shard].path}, key {index.samples(shard).keys[bare[0]]} has no usable caption: "
-                "--features joint takes the image alone there."
+                "--features joint takes the image alone there; or leave the sample out of the shards."
             )
         return texts_NE
 
-    def work(name: str) -> tuple[dict, dict]:
-        emb_NE = embed(numbers[name])
-        check_finite(emb_NE, encoder.name, index, numbers[name])
-        record = write_array(options.out / f"{name}.npy", emb_NE)
-        return {f"{name}.npy": record}, {"dim": emb_NE.shape[1]}
+    def work(shard: str) -> tuple[dict, dict]:
+        emb_NE = embed(numbers[shard])
+        check_finite(emb_NE, name, index, numbers[shard])
+        record = write_array(options.out / f"{shard}.npy", emb_NE)
+        return {f"{shard}.npy": record}, {"dim": emb_NE.shape[1]}
 
     key = work_key("embed", wanted.parameters, wanted.inputs)
     keys = {name: key for name, number in numbers.items() if index.counts[number]}
