@@ -101,7 +101,7 @@ def _mean(output: Any, mask_BT: Tensor) -> Tensor:
 def _max_length(network: Any, tokenizer: Any) -> int:
     """Most tokens of a text for a language model."""
     positions = getattr(network.config, "max_position_embeddings", tokenizer.model_max_length)
-    table = getattr(getattr(network, "embeddings", None), "position_embeddings", None)
+    table: Any = getattr(getattr(network, "embeddings", None), "position_embeddings", None)
     if getattr(table, "padding_idx", None) is not None:  # RoBERTa counts positions from behind that of padding
         positions -= table.padding_idx + 1
     return min(positions, tokenizer.model_max_length)

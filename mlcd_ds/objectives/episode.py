@@ -46,7 +46,7 @@ class Episode:
 
     def labels_of(self, ids_B: Tensor, teacher: str) -> Tensor:
         """int64 [B]: the clusters of samples of the episode."""
-        return self.labels[teacher][torch.searchsorted(self.ids_N, ids_B)].long()
+        return self.labels[teacher][torch.searchsorted(self.ids_N, ids_B.contiguous())].long()
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it but the ids, for a file."""

@@ -55,6 +55,8 @@ class ProtoClip(PairObjective):
         self.plan = EpisodePlan.of(recipe)
         self._world, self._device = groups.world, device
         external = open_external(config.teacher, groups) if config.teacher else None
+        fingerprint = external.manifest.fingerprint if external else ""
+        self._teacher = torch.tensor(list(bytes.fromhex(fingerprint)), dtype=torch.uint8)
         order = self.sample_order(recipe, data.counts)
         self.reader = EpisodeReader(recipe, data, order, external, groups, device)
         self.clusterer = Clusterer(
@@ -163,16 +165,20 @@ class ProtoClip(PairObjective):
             return False
         if self.episode and self.episode.number == number:  # made already, perhaps before the run was stopped
             return False
+        features = self.features(number, embed, own_outputs)
+        self._check_finite(features)
+        external = self.reader.external(number, self.config.teacher_dim)
+        self.episode = self.clusterer.make(number, self.reader.ids(number), features, external)
+        return True
+
+    def features(self, number: int, embed: Embed, own_outputs: OwnOutputs) -> dict[str, Tensor]:
+        """This rank's share of an episode's samples as the model projects them now, unit rows [n, P] by tower."""
         outputs = own_outputs()
 
         def encode(tower: str, given: Tensor) -> Tensor:
             return self.terms.project(tower, embed(tower, given, is_projected=True), outputs)
 
-        features = self.reader.features(number, encode)
-        self._check_finite(features)
-        external = self.reader.external(number, self.config.teacher_dim)
-        self.episode = self.clusterer.make(number, self.reader.ids(number), features, external)
-        return True
+        return self.reader.features(number, encode)
 
     def _check_finite(self, features: Mapping[str, Tensor]) -> None:
         """All ranks raise the same UserError, or none does. Collective."""
@@ -215,7 +221,7 @@ class ProtoClip(PairObjective):
         """All that `save` writes."""
         running = {f"running.{tower}.mean": moments.mean_H for tower, moments in self.terms.running.items()}
         running |= {f"running.{tower}.variance": moments.variance_H for tower, moments in self.terms.running.items()}
-        return running | (self.episode.tensors() if self.episode else {})
+        return {"teacher": self._teacher, **running, **(self.episode.tensors() if self.episode else {})}
 
     def save(self, folder: Path) -> None:
         """All ranks have the same; the first writes."""
@@ -225,6 +231,11 @@ class ProtoClip(PairObjective):
     def load(self, folder: Path) -> None:
         tensors = load_state(folder)
         self._load_moments(tensors, folder)
+        if not torch.equal(tensors["teacher"], self._teacher):
+            raise UserError(
+                f"{folder} was trained with another external teacher than objective.teacher {self.config.teacher} now: "
+                "put that one back, or choose another train.out."
+            )
         self.episode = None
         if "number" in tensors:
             self.episode = Episode.of_tensors(tensors, self.reader.ids, str(folder))

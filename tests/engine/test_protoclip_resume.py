@@ -12,6 +12,7 @@ from protoclip_trainers import build, go_on, protoclip_of, whole
 
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.layout import Layout
+from mlcd_ds.errors import UserError
 from mlcd_ds.objectives.episode import Clusterer
 
 CURVE_TOLERANCE = 5e-6  # as in test_protoclip.py
@@ -47,6 +48,13 @@ def resume_all(group: Group, data: TinyData, folder: Path) -> dict[str, Any]:
         trainer.checkpointer.resume()
         protoclip_of(trainer).episode = None  # the known-bad twin: clustered again in the middle
         found["twin"] = go_on(trainer, 3, 4)
+        trainer.engine.destroy()
+    for name, changes in {"teacher": {"teacher": None}, "head": {"head_hidden": 20}}.items():
+        other = build(data, folder / "other", Layout(group.size, 1, 1), group, 3, **changes)
+        with pytest.raises(UserError) as error:
+            other.objective.load(path)
+        found[f"refused: {name}"] = str(error.value)
+        other.engine.destroy()
     return found
 
 
@@ -61,4 +69,6 @@ def test_a_run_goes_on_within_an_episode_bit_for_bit(tiny_data: TinyData, tmp_pa
             assert torch.equal(curve, right_curve) and torch.equal(mean_H, right_mean)
             assert all(torch.equal(weights[name], weight) for name, weight in right_weights.items())
         assert_close(f"to {stage}", curve[:, 0], right_curve[:, 0], CURVE_TOLERANCE)
+    assert "was trained with another external teacher than objective.teacher None now" in found["refused: teacher"]
+    assert "holds no running.image.mean of 20: objective.head_hidden is another" in found["refused: head"]
     assert_differs("clustered again", found["twin"][:, 2], right_curve[:1, 2], CURVE_TOLERANCE)

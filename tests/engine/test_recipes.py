@@ -271,7 +271,7 @@ def test_dump_and_load_round_trip(tmp_path: Path) -> None:
         ({"objective": {"scale": 76.0}}, "objective.scale.*75"),
         ({"objective": {"name": "unicom", "num_labels": 8}}, "unicom takes one label"),
         ({"objective": {"name": "nosuch"}}, "objective: .*'nosuch'.*'mlcd', .*'clip'"),
-        ({"objective": {"name": "mlc", "temperature": 0.1}}, "objective.temperature belongs to clip; .* is mlc"),
+        ({"objective": {"name": "mlc", "temperature": 0.1}}, "objective.temperature belongs to clip, protoclip; .* is mlc"),
         ({"objective": {"name": "clip", "margin": 0.1}}, "objective.margin belongs to mlcd, mlc, .*; this .* is clip"),
         ({"objective": {"name": "clip", "temprature": 0.1}}, "objective.temprature: .*Did you mean temperature"),
         ({"towers": {"image": "frozen"}}, "towers.image belongs to clip, siglip; this recipe's objective is mlcd"),
