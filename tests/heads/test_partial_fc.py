@@ -82,7 +82,7 @@ def sampled_for_two_batches(group: Group, sampling: str) -> tuple[Tensor, Tensor
         head = make_head(group, rate=0.5, sampling=sampling)
         head.resample(4)
         head(*make_batch(number, group))
-        sampled.append(head.sampled_S.clone())
+        sampled.append(head.samples[0].clone())
     return sampled[0], sampled[1]
 
 
