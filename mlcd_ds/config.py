@@ -20,14 +20,13 @@ from mlcd_ds.artefacts.typed import Freedom, first_problem, shown
 from mlcd_ds.errors import UserError
 from mlcd_ds.objectives.class_losses import ClassLossConfig
 from mlcd_ds.objectives.registry import (
-    DEFAULT_NAME,
-    KINDS,
     AnyObjectiveConfig,
     kind_named,
     kind_of,
     owners_of_key,
     owners_of_section,
 )
+from mlcd_ds.objectives.single import DEFAULT_NAME
 from mlcd_ds.recipes.sections import Sections
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -84,10 +83,10 @@ class Recipe(Sections):
 
 def _check_sections(recipe: Recipe) -> None:
     """Raise ValueError where a section that is for other objectives says something."""
-    kind = kind_of(recipe.objective)
+    mine = kind_of(recipe.objective).sections_of(recipe)
     for section, field in type(recipe).model_fields.items():
         owners = owners_of_section(section)
-        if not owners or section in kind.sections or getattr(recipe, section) == field.default:
+        if not owners or section in mine or getattr(recipe, section) == field.default:
             continue
         given = [key for key in changed_entries(_plain(field.default), _plain(getattr(recipe, section)))]
         name = ".".join([section, *given[:1]])
@@ -166,26 +165,38 @@ def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(content)
     except ValidationError as error:
         problem = error.errors()[0]
-        location, hint = problem["loc"], "."
-        if location[:1] == ("objective",) and len(location) > 2:
-            location = ("objective", *location[2:])  # pydantic puts the objective's name between
-        told = first_problem(error, location)
+        location, objectives = _without_names(problem["loc"])
+        told, hint = first_problem(error, location), "."
         if problem["type"] == "extra_forbidden":
-            told, hint = _unknown_key(told, location, _name_in(content))
+            told, hint = _unknown_key(told, location, objectives)
         raise UserError(f"{where}: {told}{hint}") from None
 
 
-def _unknown_key(told: str, location: tuple[int | str, ...], objective: str) -> tuple[str, str]:
+def _without_names(location: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], list[str]]:
+    """Pydantic puts an objective's name behind `objective` in a location: the location without it, and the names."""
+    found: list[int | str] = []
+    names: list[str] = []
+    parts = iter(location)
+    for part in parts:
+        found.append(part)
+        if part == "objective" and (name := next(parts, None)) is not None:
+            names.append(str(name))
+    return tuple(found), names
+
+
+def _unknown_key(told: str, location: tuple[int | str, ...], objectives: list[str]) -> tuple[str, str]:
     """What to say of a key that its section does not have: whose it is, or the known keys nearest to it."""
     model: type[BaseModel] = Recipe
-    config_type = (kind_named(objective) or KINDS[0]).config_type
+    names, name = iter(objectives), None
     for part in location[:-1]:
-        if isinstance(part, str):  # a number is a place in a tuple of models
-            models = models_in(model.model_fields[part].annotation)
-            model = config_type if config_type in models else models[0]
+        name = next(names, None) if part == "objective" else None
+        if (kind := kind_named(name)) is not None:
+            model = kind.config_type
+        elif isinstance(part, str):  # a number is a place in a tuple of models
+            model = models_in(model.model_fields[part].annotation)[0]
     key = str(location[-1])
-    if model is config_type and (owners := owners_of_key(key)):
-        return _belongs_elsewhere(f"objective.{key}", owners, objective), "."
+    if name is not None and (owners := owners_of_key(key)):
+        return _belongs_elsewhere(".".join(map(str, location)), owners, name), "."
     near = difflib.get_close_matches(key, model.model_fields, n=3)
     return told, f". Did you mean {' or '.join(near)}?" if near else f". Known keys: {', '.join(model.model_fields)}."
 

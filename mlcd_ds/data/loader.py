@@ -21,7 +21,7 @@ from mlcd_ds.data.colors import NUM_COLORS, random_colors, random_keys
 from mlcd_ds.data.crops import random_boxes
 from mlcd_ds.data.dali import EncodedBatch, EvaluationDecoder, ImageDecoder, WholeImages
 from mlcd_ds.data.fields import TrainingData
-from mlcd_ds.data.order import SampleOrder
+from mlcd_ds.data.order import Order
 from mlcd_ds.data.pixels import PixelFormat
 from mlcd_ds.data.shard_index import ShardIndex, ShardReader
 from mlcd_ds.distributed.collectives import Group
@@ -59,6 +59,11 @@ class Batch:
     fields: Mapping[str, Tensor]
     ids_B: Tensor
     keys_B: Tensor
+
+    @property
+    def numbered_fields(self) -> dict[str, Tensor]:
+        """The fields, and `ids` and `keys` beside them."""
+        return {**self.fields, "ids": self.ids_B, "keys": self.keys_B}
 
     def of_all(self, group: Group) -> Batch:
         """The shares of all ranks, in rank order. An all-gather of images, one of each field, one of ids and keys."""
@@ -114,7 +119,7 @@ class TrainLoader:
     def __init__(
         self,
         data: TrainingData,
-        order: SampleOrder,
+        order: Order,
         batch_slice: StreamSlice,
         pixels: PixelFormat,
         augment: AugmentConfig,

@@ -11,6 +11,7 @@ divides `num_streams`, and a run is resumed from one integer. The samples left o
 from __future__ import annotations
 
 import functools
+from typing import Protocol
 
 import numpy as np
 
@@ -33,6 +34,19 @@ def uniforms(seed: int, epoch: int, ids_N: np.ndarray, num_draws: int) -> np.nda
     with np.errstate(over="ignore"):
         draws = mix64(keys_N[:, None] + GOLDEN * np.arange(1, num_draws + 1, dtype=np.uint64)[None, :])
     return (draws >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+class Order(Protocol):
+    """Which samples the loader reads, and with which draws."""
+
+    seed: int
+
+    def global_ids(self, stream: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples `start ... start + count` of a stream, counted from the beginning of training: global ids [count]
+        (rows of the whole shard set, in index order) and epochs [count], which tell the draws for an id apart."""
+
+    def locate(self, ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard and row in the shard of global ids."""
 
 
 class SampleOrder:

@@ -48,14 +48,14 @@ def build_towers(recipe: Recipe, start: Start | None, group: Group) -> BuiltTowe
     UserError names what does not fit, or a frozen tower that is not the run's any more.
     """
     kind = kind_of(recipe.objective)
-    towers = {name: TOWERS[name](recipe) for name in kind.towers}
+    towers = {name: TOWERS[name](recipe) for name in kind.towers_of(recipe)}
     generator = torch.Generator().manual_seed(recipe.train.seed)
     for tower in towers.values():
         tower.init_weights(generator)
     notes = {name: start.fill_tower(tower) if start else [] for name, tower in towers.items()}
     module = kind.engine_module(recipe)
     if module is not None and start:
-        notes["objective"] = start.fill_module(module, kind)
+        notes["objective"] = start.fill_module(module, recipe)
     frozen = {name: tower for name, tower in towers.items() if recipe.is_frozen(name)}
     if start:
         records = {name: _record(name, tower, start, notes[name]) for name, tower in frozen.items()}

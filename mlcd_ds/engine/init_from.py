@@ -65,7 +65,7 @@ class Start:
                     f"{recipe.data.tokenizer}: name that one; a run of ours keeps it as tokenizer.json in its folder."
                 )
         check_shape(before.model, model, self.folder)
-        if not self.is_of_kind(kind_of(recipe.objective)):
+        if not self.has_state_for(recipe):
             return
         if before.model.embed_dim != model.embed_dim:
             raise UserError(
@@ -73,7 +73,7 @@ class Start:
                 f"that, {alone}."
             )
         kind = kind_of(recipe.objective)
-        if difference := kind.check_start(self.checkpoint.objective, self.checkpoint.inputs, data):
+        if difference := kind.check_start(recipe, self.checkpoint.objective, self.checkpoint.inputs, data):
             raise UserError(f"{source} {difference}, {alone}.")
 
     @property
@@ -98,30 +98,33 @@ class Start:
         """The folder's content, where it is no checkpoint."""
         return read_released(self.folder)
 
-    def fill_module(self, module: nn.Module, kind: type[Objective]) -> list[str]:
-        """Fill what the engine trains for an objective of that kind, where the source has the same; returns what was
+    def fill_module(self, module: nn.Module, recipe: Recipe) -> list[str]:
+        """Fill what the engine trains for a recipe's objective, where the source has the same; returns what was
         done."""
         if self.checkpoint is None:
             is_filled = isinstance(module, Scale) and self._has_text_tower() and self._released.fill_scale(module)
             return ["the scale"] if is_filled else []
         file_name = WEIGHT_FILES["objective"]
-        if not self.is_of_kind(kind) or file_name not in self.checkpoint.files:
+        if not self.has_state_for(recipe) or file_name not in self.checkpoint.files:
             return []
         path, fix = self.folder / file_name, f"{older_checkpoint(self.folder)} Or take another objective."
         tensors = read_tensors(path, fix, self.checkpoint.files[file_name])
         with decoding(path, fix):
             module.load_state_dict(tensors)
-        return ["the scale"]
+        return ["the scale" if isinstance(module, Scale) else "the objective's own parameters"]
 
-    def is_of_kind(self, kind: type[Objective]) -> bool:
-        """Whether it is of a run with such an objective."""
-        return self.checkpoint is not None and kind_of(self._recipe.objective) is kind
+    def has_state_for(self, recipe: Recipe) -> bool:
+        """Whether it is of a run whose objective keeps what the one of this recipe keeps."""
+        if self.checkpoint is None:
+            return False
+        names = [kind_of(each.objective).state_name(each) for each in (recipe, self._recipe)]
+        return names[0] == names[1]
 
-    def fill_objective(self, objective: Objective) -> list[str]:
-        """Give an objective its first values: from a run's checkpoint, which any number of ranks has written, where it
-        is one of the same kind. Returns what was done. Collective.
+    def fill_objective(self, objective: Objective, recipe: Recipe) -> list[str]:
+        """Give a recipe's objective its first values: from a run's checkpoint, which any number of ranks has written,
+        where it is one of the same kind. Returns what was done. Collective.
         """
-        if self.checkpoint is None or not self.is_of_kind(type(objective)):
+        if self.checkpoint is None or not self.has_state_for(recipe):
             objective.init_weights()
             return []
         pattern = objective.own_files

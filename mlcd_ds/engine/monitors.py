@@ -20,14 +20,9 @@ from mlcd_ds.errors import UserError
 from mlcd_ds.evaluation.knn import weighted_knn
 from mlcd_ds.evaluation.prompts import read_names, read_templates
 from mlcd_ds.evaluation.zeroshot import class_embeddings, zeroshot_hits
+from mlcd_ds.objectives.base import Embed
 
 K = 20
-
-
-class Embed(Protocol):
-    """A tower as it is now, without noise: features [B, D] of what it is given, or embeddings [B, E]. Collective."""
-
-    def __call__(self, tower: str, given: Tensor, *, is_projected: bool) -> Tensor: ...
 
 
 class Monitor(Protocol):

@@ -156,7 +156,7 @@ TOWERS: dict[str, Callable[[Recipe, Phase], PlannedTower]] = {"image": _image, "
 
 def planned_towers(recipe: Recipe, phase: Phase) -> tuple[PlannedTower, ...]:
     """Those whose outputs the objective takes, in the order in which they run."""
-    return tuple(TOWERS[name](recipe, phase) for name in kind_of(recipe.objective).towers)
+    return tuple(TOWERS[name](recipe, phase) for name in kind_of(recipe.objective).towers_of(recipe))
 
 
 def model_flops(recipe: Recipe, phase: Phase) -> int:

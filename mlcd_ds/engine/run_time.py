@@ -42,7 +42,7 @@ class TowerWork:
 
 def step_work(recipe: Recipe, recompute: Recompute, num_micro_batches: int) -> list[TowerWork]:
     """Of each tower."""
-    is_repeated = kind_of(recipe.objective).needs_whole_batch and num_micro_batches > 1
+    is_repeated = kind_of(recipe.objective).sees_whole_batch(recipe) and num_micro_batches > 1
     by_phase = [(planned_towers(recipe, phase), phase.end - phase.begin) for phase in phases(recipe)]
 
     def mean(number: int, value: Callable[[PlannedTower], int]) -> float:

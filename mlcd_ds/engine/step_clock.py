@@ -9,7 +9,8 @@ import torch
 
 PARTS = ("data", "forward", "head", "backward", "optimizer", "other")
 """Waiting for images; the towers' passes; the objective's loss and gradients ("head"), collectives among them; all
-optimizers, with what DeepSpeed and the head's side stream have left to do by then; the rest."""
+optimizers, with what DeepSpeed and the head's side stream have left to do by then; the rest. Where an objective has
+phases of several steps, also what begins one ("phase")."""
 
 
 class StepClock:
@@ -40,7 +41,7 @@ class StepClock:
             last.synchronize()
         for (_, begin), (part, end) in pairwise(self._marks):
             if part is not None:
-                totals[part] += seconds_between(begin, end)
+                totals[part] = totals.get(part, 0.0) + seconds_between(begin, end)
         self._marks.clear()
         means = {part: total / max(1, num_steps) for part, total in totals.items()}
         return means | {"step": sum(means.values())}

@@ -14,7 +14,6 @@ from torch import Tensor
 from mlcd_ds.config import Recipe
 from mlcd_ds.data.fields import TrainingData
 from mlcd_ds.data.loader import Batch, TrainLoader
-from mlcd_ds.data.order import SampleOrder
 from mlcd_ds.data.pixels import clip_pixels
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.deepspeed import initialize_engine, step_engine
@@ -35,7 +34,7 @@ from mlcd_ds.engine.step_clock import StepClock
 from mlcd_ds.engine.step_log import StepLog, StepResult
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.noise import TrainingNoise
-from mlcd_ds.objectives.base import Given, join_outputs
+from mlcd_ds.objectives.base import RAW, Given, join_fields, join_outputs
 from mlcd_ds.objectives.registry import kind_of
 
 Norm = Tensor | float | None  # of the engine's gradient, before clipping
@@ -61,7 +60,7 @@ class Trainer:
         size = self.batch_slice.micro_batch
         self.monitors = build_monitors(recipe, data, self.embed, size, layout, group, device)
         kind = kind_of(recipe.objective)
-        self.is_whole = kind.needs_whole_batch and self.batch_slice.num_micro_batches > 1
+        self.is_whole = kind.sees_whole_batch(recipe) and self.batch_slice.num_micro_batches > 1
         start = find_start(recipe, data, group)
         built = build_towers(recipe, start, group)
         towers, notes = built.trained, built.notes
@@ -76,7 +75,7 @@ class Trainer:
         self.norms: dict[str, Tensor] = {}  # of embeddings, before they are normalised: means of a micro-batch's
         self.objective = kind(recipe, data, self.groups, device)
         if start:
-            notes += start.fill_objective(self.objective)
+            notes += start.fill_objective(self.objective, recipe)
             logger.info("; ".join([f"train: starts from {start.folder}", *notes]))
         else:
             self.objective.init_weights()
@@ -90,8 +89,8 @@ class Trainer:
 
     def batches(self, first: int) -> Generator[Batch, None, None]:
         """Micro-batches of the steps from `first` to the last, each phase at its resolution."""
-        data, train = self.recipe.data, self.recipe.train
-        order = SampleOrder(self.data.counts, data.num_streams, data.shuffle_window, train.seed)
+        data = self.recipe.data
+        order = kind_of(self.recipe.objective).sample_order(self.recipe, self.data.counts)
         for phase in phases(self.recipe):
             begin, pixels = max(first, phase.begin), clip_pixels(phase.image_size)
             if begin >= phase.end:
@@ -119,8 +118,10 @@ class Trainer:
         config, clock = self.recipe.optimizer, self.clock
         clock.start()
         lr = learning_rate(step, self.recipe.train.steps, config)
-        set_learning_rate(self.engine.optimizer, lr)
+        set_learning_rate(self.engine.optimizer, lr, self.objective.still_towers(step))
         token_drop = phase_at(self.recipe, step).token_drop
+        if self.objective.begin_phase(step, self.embed):
+            clock.mark("phase")
         self.objective.begin_step(step)
         clock.mark("other")
         learn = self._learn_whole if self.is_whole else self._learn_by_micro_batch
@@ -143,7 +144,7 @@ class Trainer:
             outputs = self._forward(*self._inputs(batch, token_drop))
             frozen = self._frozen_outputs(batch)
             clock.mark("forward")
-            given = self.objective(outputs | frozen, batch.fields, self.factors.own)
+            given = self.objective(outputs | frozen, batch.numbered_fields, self.factors.own)
             clock.mark("head")
             norm = self._backward(outputs, given, self.factors)
             all_given.append(given)
@@ -160,9 +161,9 @@ class Trainer:
             held.append(self._inputs(batch, token_drop))
             with torch.no_grad():
                 embedded.append(self._forward(*held[-1]) | self._frozen_outputs(batch))
-            fields.append(batch.fields)
+            fields.append(batch.numbered_fields)
             clock.mark("forward")
-        given = self.objective(join_outputs(embedded), join_outputs(fields), factors.own)
+        given = self.objective(join_outputs(embedded), join_fields(fields), factors.own)
         clock.mark("head")
         for inputs, share in zip(held, given.shares(len(held)), strict=True):
             outputs = self._forward(*inputs)
@@ -183,13 +184,14 @@ class Trainer:
         return {name: _input(name, batch, self.dtype) for name in self.tower_names}, noise
 
     def _forward(self, inputs: dict[str, Tensor], noise: TrainingNoise) -> dict[str, Tensor]:
-        """The towers' embeddings at unit length, fp32 [B, E], and what the objective's module adds."""
+        """The towers' embeddings, raw and at unit length, fp32 [B, E], and what the objective's module adds."""
         outputs = self.engine(noise, **inputs)
         embedded = {name: outputs[name].float() for name in self.tower_names}
         self.norms = {
             f"embeddings/norm_{name}": emb_BE.detach().norm(dim=1).mean() for name, emb_BE in embedded.items()
         }
-        return outputs | {name: F.normalize(emb_BE, dim=1) for name, emb_BE in embedded.items()}
+        raw = {f"{RAW}{name}": emb_BE for name, emb_BE in embedded.items()}
+        return outputs | raw | {name: F.normalize(emb_BE, dim=1) for name, emb_BE in embedded.items()}
 
     @torch.no_grad()
     def embed(self, tower: str, given: Tensor, *, is_projected: bool) -> Tensor:

@@ -47,7 +47,7 @@ STAGES = {"index": "index", "labels": "assign"}
 
 def missing_keys(recipe: Recipe) -> list[str]:
     """Keys below `data:` that a run of this recipe needs, and that are not given."""
-    needed = ("index", *kind_of(recipe.objective).fields)
+    needed = ("index", *kind_of(recipe.objective).fields_of(recipe))
     return [key for key in needed if key in STAGES and getattr(recipe.data, key) is None]
 
 
@@ -57,7 +57,7 @@ def open_training_data(recipe: Recipe) -> TrainingData:
         raise UserError(f"data.{key} is not given: add data.{key}=FOLDER, made by `mlcd {STAGES[key]}`.")
     assert recipe.data.index
     index, kind = ShardIndex(recipe.data.index), kind_of(recipe.objective)
-    data = TrainingData(index, {name: FIELDS[name](recipe, index) for name in kind.fields})
+    data = TrainingData(index, {name: FIELDS[name](recipe, index) for name in kind.fields_of(recipe)})
     _ = data.counts  # an index without captions is refused here
     kind.check_data(recipe, data)
     return data

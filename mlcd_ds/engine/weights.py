@@ -174,7 +174,7 @@ def load_text_tower(checkpoint: Path, weights: Weights = "last") -> TextTower:
 
 def _load_tower(name: str, checkpoint: Path, weights: Weights) -> Tower:
     manifest, recipe, fix = read_checkpoint(checkpoint), checkpoint_recipe(checkpoint), older_checkpoint(checkpoint)
-    if name not in kind_of(recipe.objective).towers:
+    if name not in kind_of(recipe.objective).towers_of(recipe):
         raise UserError(
             f"{checkpoint} has no {name} tower: its objective is {recipe.objective.name}. Name a run over images and "
             "texts (objective.name=clip or siglip)."
@@ -194,15 +194,23 @@ def _load_tower(name: str, checkpoint: Path, weights: Weights) -> Tower:
 
 
 def load_scale(checkpoint: Path, weights: Weights = "last") -> tuple[Tensor, Tensor | None]:
-    """Of a run over pairs: the logarithm of the factor on cosines, and SigLIP's summand (CLIP has none); numbers."""
+    """Of a run over pairs: the logarithm of the factor on cosines, and SigLIP's summand (CLIP has none); numbers.
+
+    The first one, where an objective has several. UserError where it has none.
+    """
     recipe, fix = checkpoint_recipe(checkpoint), older_checkpoint(checkpoint)
     module = kind_of(recipe.objective).engine_module(recipe)
-    assert isinstance(module, Scale), "objectives with a text tower learn a scale"
+    scale = next((part for part in module.modules() if isinstance(part, Scale)), None) if module else None
+    if module is None or scale is None:
+        raise UserError(
+            f"{checkpoint} has no factor on cosines: its objective is {recipe.objective.name}, which learns none. "
+            "Take its image tower alone (--towers image)."
+        )
     path, record = weights_record(checkpoint, weights, "objective")
     tensors = read_tensors(path, fix, record)
     with decoding(path, fix):
         module.load_state_dict(tensors)
-    return module.log_factor, None if module.bias is None else module.bias.detach()[0].float()
+    return scale.log_factor, None if scale.bias is None else scale.bias.detach()[0].float()
 
 
 def fill_from(folder: Path, tower: Tower) -> list[str]:

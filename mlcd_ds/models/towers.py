@@ -61,7 +61,7 @@ class Towers(nn.Module):
         self, noise: TrainingNoise | None = None, *, is_projected: bool = True, **inputs: Tensor
     ) -> dict[str, Tensor]:
         """Output of each tower that is given something, by its name: embeddings [B, E], not normalised; or features
-        [B, D].
+        [B, D]. In training also what the objective's module adds.
 
         Inputs go by keyword: DeepSpeed compares what the ranks of a tensor-parallel group are given, and knows no
         tensors in deeper structures.
@@ -71,6 +71,6 @@ class Towers(nn.Module):
         for name, given in inputs.items():
             more = {"noise": noise, "is_projected": is_projected} if name == "image" else {}
             outputs[name] = self[name](given, **more)
-        if self.objective is not None and is_projected:
+        if self.objective is not None and self.training:
             outputs |= self.objective(outputs)
         return outputs

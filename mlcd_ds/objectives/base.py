@@ -16,14 +16,30 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mlcd_ds.data.fields import TrainingData
+from mlcd_ds.data.order import Order, SampleOrder
 from mlcd_ds.distributed.groups import ParallelGroups
 from mlcd_ds.recipes.sections import ObjectiveConfig, Sections
+
+TOWERS = ("image", "text")
+RAW = "raw_"  # before the name of a tower: its embeddings as they are, fp32 [B, E]
+
+
+class Embed(Protocol):
+    """A tower as it is now, without noise: features [B, D] of what it is given, or embeddings [B, E]. Collective."""
+
+    def __call__(self, tower: str, given: Tensor, *, is_projected: bool) -> Tensor: ...
+
+
+def has_rows(output: str) -> bool:
+    """Whether an output has a row for each image: those of towers. What an objective's module adds has none."""
+    return output.removeprefix(RAW) in TOWERS
 
 
 @dataclass(frozen=True)
@@ -40,7 +56,7 @@ class Given:
         """Of a batch as a whole, what each of its `count` micro-batches is given: its own rows; and of what has no rows
         an equal summand, as each forward pass has that output again."""
         split = {
-            name: gradient.chunk(count) if gradient.ndim else (gradient / count,) * count
+            name: gradient.chunk(count) if has_rows(name) else (gradient / count,) * count
             for name, gradient in self.gradients.items()
         }
         gradients = ({name: parts[number] for name, parts in split.items()} for number in range(count))
@@ -51,9 +67,14 @@ def join_outputs(micro_batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Ten
     """The outputs of a whole batch; of what has no rows, each micro-batch has the same."""
     first = micro_batches[0]
     return {
-        name: torch.cat([outputs[name] for outputs in micro_batches]) if first[name].ndim else first[name]
+        name: torch.cat([outputs[name] for outputs in micro_batches]) if has_rows(name) else first[name]
         for name in first
     }
+
+
+def join_fields(micro_batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The fields of a whole batch."""
+    return {name: torch.cat([fields[name] for fields in micro_batches]) for name in micro_batches[0]}
 
 
 @dataclass(frozen=True)
@@ -83,14 +104,19 @@ class Objective(ABC):
     config_type: ClassVar[type[ObjectiveConfig]]
     """Its `objective:` section; the literals of its `name` are the names under which a recipe asks for it."""
     sections: ClassVar[tuple[str, ...]] = ()
-    """Other sections of a recipe that are for it; what these say is refused for objectives that do not list them."""
+    """Other sections of a recipe that may be for it; what these say is refused for objectives that do not list them."""
     towers: ClassVar[tuple[str, ...]] = ("image",)
-    """Whose outputs it takes."""
+    """Whose outputs it takes: see `towers_of`."""
     fields: ClassVar[tuple[str, ...]] = ()
-    """What a batch must bring besides images (data/fields.py)."""
+    """What a batch must bring besides images (data/fields.py): see `fields_of`."""
     needs_whole_batch: ClassVar[bool] = False
-    """Whether it must be called once for all micro-batches of a step: its loss is not a mean over images."""
-    own_files: ClassVar[re.Pattern[str] | None] = None
+    """Whether it must be called once for all micro-batches of a step, as its loss is not a mean over images: see
+    `sees_whole_batch`."""
+    output_names: ClassVar[tuple[str, ...]] = ()
+    """Outputs that its module in the engine may add."""
+    has_own_order: ClassVar[bool] = False
+    """Whether `sample_order` is its own."""
+    own_files: re.Pattern[str] | None = None
     """Names of the files that `save` writes."""
 
     def __init__(self, recipe: Sections, data: TrainingData, groups: ParallelGroups, device: torch.device) -> None:
@@ -101,7 +127,27 @@ class Objective(ABC):
         """The names under which a recipe asks for it."""
         return typing.get_args(cls.config_type.model_fields["name"].annotation)
 
-    # Before anything is built.
+    # Before anything is built. What is the same for every recipe is said above.
+
+    @classmethod
+    def sections_of(cls, recipe: Sections) -> tuple[str, ...]:
+        """Other sections that are for it in this recipe."""
+        return cls.sections
+
+    @classmethod
+    def towers_of(cls, recipe: Sections) -> tuple[str, ...]:
+        """Whose outputs it takes."""
+        return cls.towers
+
+    @classmethod
+    def fields_of(cls, recipe: Sections) -> tuple[str, ...]:
+        """What a batch must bring besides images."""
+        return cls.fields
+
+    @classmethod
+    def sees_whole_batch(cls, recipe: Sections) -> bool:
+        """Whether it is called once for all micro-batches of a step."""
+        return cls.needs_whole_batch
 
     @classmethod
     def check(cls, recipe: Sections) -> None:
@@ -120,7 +166,14 @@ class Objective(ABC):
         """Raise UserError naming what the fields lack."""
 
     @classmethod
-    def check_start(cls, note: dict[str, int], inputs: dict[str, str], data: TrainingData) -> str | None:
+    def state_name(cls, recipe: Sections) -> str:
+        """By which two runs are told to keep the same kind of state: one can be a start for the other."""
+        return cls.__name__
+
+    @classmethod
+    def check_start(
+        cls, recipe: Sections, note: dict[str, int], inputs: dict[str, str], data: TrainingData
+    ) -> str | None:
         """Why the state of another run cannot be a start for this data, and what to give instead; None where it can.
 
         `note` and `inputs` are of that run's checkpoint.
@@ -139,8 +192,14 @@ class Objective(ABC):
 
     @classmethod
     def engine_module(cls, recipe: Sections) -> nn.Module | None:
-        """Small parameters that the engine trains: a module, initialised, that maps outputs to further outputs."""
+        """Small parameters that the engine trains: a module, initialised, that maps the towers' outputs to outputs of
+        its own, none of which has rows. It may give its parameters themselves, as copies (ZeRO stage 3 frees them)."""
         return None
+
+    @classmethod
+    def sample_order(cls, recipe: Sections, counts_S: np.ndarray) -> Order:
+        """Which sample comes when; `counts_S`: samples of each shard."""
+        return SampleOrder(counts_S, recipe.data.num_streams, recipe.data.shuffle_window, recipe.train.seed)
 
     # While a run trains.
 
@@ -152,6 +211,15 @@ class Objective(ABC):
         what was taken, in words. Collective."""
         return []
 
+    def begin_phase(self, step: int, embed: Embed) -> bool:
+        """Before every step: where a phase of several steps begins with it, make what holds in the phase. Returns
+        whether that took any time. Collective."""
+        return False
+
+    def still_towers(self, step: int) -> tuple[str, ...]:
+        """Towers that this step leaves as they are, although they are trained."""
+        return ()
+
     def begin_step(self, step: int) -> None:
         """Draw what a step needs, as a function of the seed and the step."""
 
@@ -159,8 +227,10 @@ class Objective(ABC):
     def __call__(self, outputs: Mapping[str, Tensor], fields: Mapping[str, Tensor], weight: float = 1.0) -> Given:
         """Loss and gradients of a micro-batch, or of the whole batch. No autograd: `outputs` are values.
 
-        Embeddings have unit length, fp32 [B, E]. `weight`: factor on the gradients of what it keeps itself. B is the
-        same on every rank. Says which collectives it calls.
+        Embeddings have unit length, fp32 [B, E]; of trained towers there are raw ones, too. `fields` have, besides
+        those it asked for, `ids`, the images' places among the run's samples, and `keys`, those of their noise in this
+        epoch: int64 [B]. `weight`: factor on the gradients of what it keeps itself. B is the same on every rank. Says
+        which collectives it calls.
         """
 
     def step(self, lr: float) -> dict[str, Tensor]:

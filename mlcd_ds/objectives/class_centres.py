@@ -85,7 +85,9 @@ class ClassCentres(Objective):
                 )
 
     @classmethod
-    def check_start(cls, note: dict[str, int], inputs: dict[str, str], data: TrainingData) -> str | None:
+    def check_start(
+        cls, recipe: Sections, note: dict[str, int], inputs: dict[str, str], data: TrainingData
+    ) -> str | None:
         labels = data.labels
         if note["num_classes"] != labels.num_centers:
             difference = f"has {note['num_classes']} centres, {labels.folder} names {labels.num_centers}"

@@ -14,8 +14,9 @@ from mlcd_ds.data.fields import TrainingData
 from mlcd_ds.distributed.groups import ParallelGroups
 from mlcd_ds.kernels.device import check_bf16, has_bf16
 from mlcd_ds.kernels.matmul import Matmul
-from mlcd_ds.objectives.base import Need, Objective, PlannedRun
+from mlcd_ds.objectives.base import Need, PlannedRun
 from mlcd_ds.objectives.pairs import BLOCKS, Pairs
+from mlcd_ds.objectives.two_towers import TwoTowers
 from mlcd_ds.recipes.sections import ObjectiveConfig, Sections
 
 FP32 = 4
@@ -31,13 +32,11 @@ class PairConfig(ObjectiveConfig):
     )
 
 
-class PairObjective(Objective):
-    """An objective over all pairs of a global batch: towers for image and text, and a learned scale in the engine."""
+class PairObjective(TwoTowers):
+    """An objective over all pairs of a global batch, with a learned scale in the engine."""
 
-    sections = ("text", "towers")
-    towers = ("image", "text")
-    fields = ("tokens",)
     needs_whole_batch = True
+    output_names = ("scale", "bias")
     num_products: ClassVar[int]
     """Products [B, G, E] of a step on a rank."""
 
@@ -45,26 +44,6 @@ class PairObjective(Objective):
         self.group, self.matmul = groups.data, Matmul(is_bf16(recipe, device), device.type)
         self._wanted = [name for name in self.towers if not recipe.is_frozen(name)]
         self._measures: dict[str, Tensor] = {}
-
-    @classmethod
-    def check(cls, recipe: Sections) -> None:
-        if recipe.text is None:
-            raise ValueError(f"{recipe.objective.name} needs a text tower: add text: {{width: ..., depth: ..., ...}}")
-        if recipe.text.embed_dim != recipe.model.embed_dim:
-            raise ValueError(
-                f"text.embed_dim {recipe.text.embed_dim} is not model.embed_dim {recipe.model.embed_dim}: the towers "
-                "meet in one space, so change one of them"
-            )
-        frozen = [name for name in cls.towers if recipe.is_frozen(name)]
-        if len(frozen) == len(cls.towers):
-            raise ValueError("towers.image and towers.text are both frozen, and nothing is left to train: train one")
-        if frozen and not recipe.train.init_from:
-            raise ValueError(
-                f"towers.{frozen[0]} is frozen, but train.init_from does not say where its weights come from: add "
-                "--init-from FOLDER"
-            )
-        if "image" in frozen and recipe.train.knn_every:
-            raise ValueError("train.knn_every is given, but towers.image is frozen: its accuracy would not change")
 
     @classmethod
     def check_device(cls, recipe: Sections, device: torch.device) -> None:

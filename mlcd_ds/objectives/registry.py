@@ -1,19 +1,18 @@
-"""All objectives: the one place that lists them."""
+"""All objectives: those of `single.py`, and sums of them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Union
 
 from pydantic import BeforeValidator, Field
 
 from mlcd_ds.objectives.base import Objective
-from mlcd_ds.objectives.class_centres import ClassCentres
-from mlcd_ds.objectives.clip import Clip
-from mlcd_ds.objectives.siglip import Siglip
+from mlcd_ds.objectives.single import KINDS as SINGLE_KINDS
+from mlcd_ds.objectives.single import with_name
+from mlcd_ds.objectives.sum import Sum
 from mlcd_ds.recipes.sections import ObjectiveConfig
 
-KINDS: tuple[type[Objective], ...] = (ClassCentres, Clip, Siglip)
-DEFAULT_NAME = "mlcd"
+KINDS: tuple[type[Objective], ...] = (*SINGLE_KINDS, Sum)
 
 
 def kind_named(name: object) -> type[Objective] | None:
@@ -33,12 +32,7 @@ def owners_of_key(key: str) -> list[str]:
 
 def owners_of_section(section: str) -> list[str]:
     """Names of the objectives that another section of a recipe is for; none where it is for all of them."""
-    return [name for kind in KINDS if section in kind.sections for name in kind.names()]
-
-
-def _with_name(given: Any) -> Any:
-    """A section that names no objective is of the default one."""
-    return {"name": DEFAULT_NAME, **given} if isinstance(given, dict) else given
+    return [name for kind in SINGLE_KINDS if section in kind.sections for name in kind.names()]
 
 
 if TYPE_CHECKING:
@@ -47,5 +41,5 @@ else:
     AnyObjectiveConfig = Annotated[
         Union[tuple(kind.config_type for kind in KINDS)],  # noqa: UP007  built from the list
         Field(discriminator="name"),
-        BeforeValidator(_with_name),
+        BeforeValidator(with_name),
     ]

@@ -75,7 +75,7 @@ class Job:
                 layout,
                 recompute,
                 self.buffers,
-                needs_whole_batch=kind_of(recipe.objective).needs_whole_batch,
+                needs_whole_batch=kind_of(recipe.objective).sees_whole_batch(recipe),
                 has_average=train.ema_decay is not None,
             ).at_peak(micro_batch, self.num_micro_batches(micro_batch))
             for phase in phases(recipe)
@@ -261,7 +261,7 @@ def run(args: argparse.Namespace) -> int:
     overlaps = bool(config.get("zero_optimization", {}).get("overlap_comm"))
     job = Job(recipe, layout, args.gpu, args.num_centers, zero_buffers(config, path), width, overlaps)
     lines = []
-    if "labels" in kind_of(recipe.objective).fields:  # they come from clusters
+    if "labels" in kind_of(recipe.objective).fields_of(recipe):  # they come from clusters
         lines = clustering_lines(args.num_images, args.num_centers, args.embedding_dim, args.gpus)
     runner.logger.info("\n".join([page(job, args.mfu, args.network), *lines]))
     return 0

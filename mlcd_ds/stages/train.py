@@ -80,7 +80,7 @@ def describe(
         lines += [f"# {line}" for line in kind.describe(recipe, data, layout.num_ranks, layout.tensor_parallel)]
         if start := find_start(recipe, data, context.group):
             lines.append(
-                f"# starts from: {start.folder}, {'backbone and head' if start.is_of_kind(kind) else 'backbone'}"
+                f"# starts from: {start.folder}, {'backbone and head' if start.has_state_for(recipe) else 'backbone'}"
             )
     runner.logger.info("\n".join(lines))
 

@@ -6,12 +6,14 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from pydantic import ValidationError
+from torch import nn
 
 from mlcd_ds.config import (
     Recipe,
@@ -122,6 +124,18 @@ def test_decay_is_on_matrices_only() -> None:
     assert all(dict(model.named_parameters())[name].ndim >= 2 for name in decayed)
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+def test_a_tower_that_is_to_stay_as_it_is_gets_no_rate() -> None:
+    towers = Towers({"image": nn.Linear(2, 2), "text": nn.Linear(2, 2)})
+    towers.image.config = towers.text.config = SimpleNamespace(depth=0)
+    optimizer = backbone_optimizer(towers, OptimizerConfig(lr=1e-3, warmup_steps=0))
+    set_learning_rate(optimizer, 0.25, ("image",))
+    names = {id(parameter): name for name, parameter in towers.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates == {"image.weight": 0.0, "image.bias": 0.0, "text.weight": 0.25, "text.bias": 0.25}
+    set_learning_rate(optimizer, 0.25)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.25}, "and its own again"
 
 
 # --- DeepSpeed's JSON
