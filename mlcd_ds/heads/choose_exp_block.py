@@ -36,8 +36,7 @@ def choose_exp_block(
     device: torch.device,
     filtered_above: float | None = None,
 ) -> ExpBlock:
-    """The block's implementation by `head.kernel`, see `TorchExpBlock`. UserError when triton is asked for and cannot
-    do it."""
+    """The block's implementation by `head.kernel` (see `TorchExpBlock`). UserError when triton is to and cannot."""
     is_installed, has_filter = importlib.util.find_spec("triton") is not None, filtered_above is not None
     # In fp32 Triton would multiply without tensor cores.
     suits_triton = is_installed and device.type == "cuda" and matmul.is_bf16 and has_triton(device)
