@@ -147,7 +147,8 @@ class PartialFCHead(nn.Module):
             self.weight_LE.copy_(rows_LE)
 
     def resample(self, step: int) -> None:
-        """Draw the negatives and the dimensions of an optimizer step; all its micro-batches share them."""
+        """Draw the negatives and the dimensions of an optimizer step, which all its micro-batches share. (Samples that
+        only some labels have are drawn when the first micro-batch asks for them.)"""
         dim, device = self.weight_LE.shape[1], self.weight_LE.device
         self._step = step
         self._features_F = sample_features(dim, self.objective.feature_rate, self.seed, step, device)

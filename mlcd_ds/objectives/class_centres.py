@@ -153,9 +153,9 @@ class ClassCentres(Objective):
 
     def __call__(self, outputs: Mapping[str, Tensor], fields: Mapping[str, Tensor], weight: float = 1.0) -> Given:
         """Of a micro-batch: its loss is a mean over images. Collectives: see `PartialFCHead.forward`."""
-        labels_BP = fields["labels"][:, : self._num_labels]
+        labels_BP = fields["labels"]
         if self._num_drawn:
-            labels_BP = draw_labels(labels_BP, fields["keys"], self._num_drawn)
+            labels_BP = draw_labels(labels_BP[:, : self._num_labels], fields["keys"], self._num_drawn)
         output = self.head(outputs["image"], labels_BP, weight=weight)
         return Given(output.loss, output.parts, {"image": output.emb_grad_BE})
 

@@ -8,8 +8,8 @@ log-sum of an image's negatives, and the cosines of its labels.
     unicom    log(1 + e^{n - z_1})                          arXiv 2304.05884: a softmax over the label and the negatives
     averaged_softmax   mean_i log(1 + e^{n - z_i})          one softmax a label, averaged; for comparison only
 
-An image's own labels are never its negatives, in each of them; but with `separate_samples` each label of an
-averaged_softmax has negatives of its own, which are all other classes of a sample of its own.
+An image's own labels are never its negatives, in each of them. Only with `separate_samples` are they: each label of an
+averaged_softmax then has an n of its own, over all other classes of a sample of its own.
 
 G images of all ranks, P labels an image.
 """
