@@ -221,7 +221,7 @@ def measure_errors(group: Group) -> dict[str, dict[str, float]]:
     noise_GE = torch.randn(sizes.batch, sizes.dim, device=DEVICE, dtype=torch.float64)
     near_GE = F.normalize(weight_CE, dim=1)[labels_GP].sum(dim=1) + 2.0 * F.normalize(noise_GE, dim=1)
     emb_GE = F.normalize(near_GE, dim=1).float()
-    expected = dense_float64(emb_GE, labels_GP, weight_CE, exact.head.sampled_S)
+    expected = dense_float64(emb_GE, labels_GP, weight_CE, exact.head.samples[0])
     kernels = ("torch", "triton") if DEVICE.type == "cuda" else ("torch",)
     for precision, kernel in itertools.product(("fp32", "bf16"), kernels):
         ours = OurHead(sizes, group, precision, kernel)

@@ -50,7 +50,7 @@ class PairRun:
         return self.folder / "checkpoints" / "step_00000007"
 
 
-def pair_recipe(folder: Path, objective: str, tokenizer: Tokenizer, **sections: dict[str, Any]) -> Recipe:
+def pair_recipe(folder: Path, objective: str, tokenizer: Tokenizer, /, **sections: dict[str, Any]) -> Recipe:
     """Of tiny towers; `sections` change keys."""
     content: dict[str, Any] = {
         "description": "tiny towers",

@@ -9,6 +9,7 @@ G images of all ranks, S sampled classes on this rank, E embedding, P labels an 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -45,21 +46,30 @@ class ExpBlock(Protocol):
 
 @dataclass(frozen=True)
 class TorchExpBlock:
-    """The block in plain torch operations, anywhere."""
+    """The block in plain torch operations, anywhere.
+
+    A logit above `filtered_above` that is no own label's becomes 0: it counts as e^0 in the sums and has no gradient.
+    """
 
     matmul: Matmul
+    filtered_above: float | None = None
 
     def __call__(
         self, emb_gE: Tensor, scaled_sE: Tensor, slots_gP: Tensor, shift: float, factors_g: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        exp_gs = self.matmul(emb_gE, scaled_sE.T).sub_(shift).exp_()
+        logits_gs = self.matmul(emb_gE, scaled_sE.T)
+        is_filtered_gs = None if self.filtered_above is None else logits_gs > self.filtered_above
+        exp_gs = logits_gs.sub_(shift).exp_()
+        if is_filtered_gs is not None:
+            exp_gs.masked_fill_(is_filtered_gs, math.exp(-shift))
         # Labels of other blocks multiply column 0 by 1: selecting those of this block would make the host wait.
         is_here_gP = (slots_gP >= 0) & (slots_gP < len(scaled_sE))
         keep_gP = (~is_here_gP).to(exp_gs.dtype)
         exp_gs.scatter_reduce_(1, slots_gP.where(is_here_gP, 0), keep_gP, "prod")
-        if factors_g is not None:
-            return self.matmul.cast(exp_gs.mul_(factors_g[:, None])), None
-        return self.matmul.cast(exp_gs), exp_gs.sum(dim=1)
+        sums_g = exp_gs.sum(dim=1) if factors_g is None else None
+        if is_filtered_gs is not None:
+            exp_gs.masked_fill_(is_filtered_gs, 0.0)
+        return self.matmul.cast(exp_gs if factors_g is None else exp_gs.mul_(factors_g[:, None])), sums_g
 
 
 @dataclass(frozen=True)

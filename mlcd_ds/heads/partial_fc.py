@@ -3,7 +3,7 @@
 docs/head.md derives what is computed here, lists the collectives with their sizes and the memory.
 
 B images on this rank, G of all ranks that share the classes, E embedding, F of its dimensions in use, L classes on
-this rank, S of them sampled, P labels an image.
+this rank, S of them sampled, P labels an image, p of them with a sample in common: all, or one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mlcd_ds.heads.center_init import normal_centers, projected_centers
 from mlcd_ds.heads.centers import Centers, sample_features, scatter_features, through_unit, to_unit
 from mlcd_ds.heads.choose_exp_block import choose_exp_block
 from mlcd_ds.heads.class_sampling import sample_around, sample_classes
-from mlcd_ds.heads.class_shards import class_range
+from mlcd_ds.heads.class_shards import ClassRange, class_range
 from mlcd_ds.heads.groups import HeadGroups
 from mlcd_ds.heads.negatives import Negatives
 from mlcd_ds.heads.positives import Positives
@@ -69,6 +69,9 @@ class CenterLoss(Protocol):
     def num_labels(self) -> int | None: ...
     @property
     def feature_rate(self) -> float: ...
+    @property
+    def filtered_above(self) -> float | None: ...
+    def sampled_apart(self, labels_GP: Tensor) -> list[tuple[Tensor, Tensor | None]]: ...
     def slopes(
         self, negatives_G: Tensor, cosines_GP: Tensor, is_label_GP: Tensor
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]: ...
@@ -81,6 +84,18 @@ class HeadOutput:
     loss: Tensor
     parts: dict[str, Tensor]
     emb_grad_BE: Tensor
+
+
+@dataclass(frozen=True)
+class Term:
+    """Labels with a sample in common, and what pass 1 found: the loss's parts, as means over the global batch, and its
+    slopes by the negatives' sum and by the labels' cosines."""
+
+    positives: Positives
+    negatives: Negatives
+    parts: dict[str, Tensor]
+    factors_G: Tensor
+    slopes_Gp: Tensor
 
 
 class PartialFCHead(nn.Module):
@@ -110,14 +125,14 @@ class PartialFCHead(nn.Module):
         self.classes = class_range(num_classes, groups.classes.size, groups.classes.rank)
         self.allow_host_sync = torch.device(device).type == "cpu"
         self.matmul = Matmul(config.precision == "bf16", torch.device(device).type)
-        self.exp_block = choose_exp_block(config.kernel, self.matmul, torch.device(device))
+        self.exp_block = choose_exp_block(config.kernel, self.matmul, torch.device(device), objective.filtered_above)
         shape = len(self.classes), dim
         self.weight_LE = nn.Parameter(torch.full(shape, float("nan"), device=device), requires_grad=False)
         self.register_buffer("grad_LE", torch.zeros(shape, device=device), persistent=False)
         self.register_buffer("touched_L", torch.zeros(shape[0], dtype=torch.uint8, device=device), persistent=False)
         self._step = 0
         self._features_F: Tensor | None = None
-        self.sampled_S = torch.empty(0, dtype=torch.int64, device=device)
+        self.samples: dict[int, Tensor] = {}  # of a step: rows int64 [S], by the place of the labels that they are for
         self._side_stream = torch.cuda.Stream(self.weight_LE.device) if self.weight_LE.is_cuda else None
         self._in_flight: list[Any] = []  # what the side stream still reads
 
@@ -132,23 +147,23 @@ class PartialFCHead(nn.Module):
             self.weight_LE.copy_(rows_LE)
 
     def resample(self, step: int) -> None:
-        """Draw the negatives and the dimensions of an optimizer step; all its micro-batches share them."""
-        device, config = self.weight_LE.device, self.config
+        """Draw the negatives and the dimensions of an optimizer step, which all its micro-batches share. (Samples that
+        only some labels have are drawn when the first micro-batch asks for them.)"""
+        dim, device = self.weight_LE.shape[1], self.weight_LE.device
         self._step = step
-        self._features_F = sample_features(
-            self.weight_LE.shape[1], self.objective.feature_rate, self.seed, step, device
-        )
-        if config.sampling == "uniform":
-            self.sampled_S = sample_classes(self.classes, config.sample_rate, self.seed, step, device)
+        self._features_F = sample_features(dim, self.objective.feature_rate, self.seed, step, device)
+        self.samples.clear()
+        if self.config.sampling == "uniform":
+            self.samples[0] = sample_classes(*self._drawn_by(0))
 
     @torch.no_grad()
     def forward(self, emb_BE: Tensor, labels_BP: Tensor, weight: float = 1.0) -> HeadOutput:
         """Loss and gradients of a micro-batch; adds `weight` times the centres' gradient to `grad_LE`.
 
         `emb_BE` unit length, fp32; `labels_BP` int64 global classes, nearest first, -1 for none. B is the same on every
-        rank. Collectives: all-gathers of embeddings and labels over `data`; all-reduce of [1 + P, G] over `classes`;
-        reduce-scatter of [G, E] over `data`; with a tensor-parallel backbone an all-reduce of [B, E]; with replicas one
-        of the loss's parts.
+        rank. Collectives: all-gathers of embeddings and labels over `data`; all-reduce of [1 + P, G] over `classes`, or
+        P of [2, G] with separate samples; reduce-scatter of [G, E] over `data`; with a tensor-parallel backbone an
+        all-reduce of [B, E]; with replicas one of the loss's parts.
         """
         emb_BF, lengths_B1 = self._used_dimensions(emb_BE)
         labels_BP = labels_BP[:, : self.objective.num_labels]
@@ -156,33 +171,65 @@ class PartialFCHead(nn.Module):
             emb_GF = self.groups.data.all_gather(self.matmul.cast(emb_BF))
             labels_GP = without_repeats(self.groups.data.all_gather(labels_BP))
             centers = Centers(self.weight_LE.detach(), self.grad_LE, self._features_F)
-            positives = Positives.find(labels_GP, self.classes, is_compact=self.allow_host_sync)
-            negatives = self._negatives(centers, positives, len(emb_GF))
-            sums_G, slopes_GF = negatives.sums(emb_GF)
-            shared = torch.cat([sums_G[None], positives.cosines(emb_GF, centers).T])
-            sums_G, *cosines_PG = self.groups.classes.all_reduce_sum(shared)
-            parts_G, slope_G, slopes_GP = self.objective.slopes(
-                sums_G.log() + self.objective.shift, torch.stack(cosines_PG, dim=1), labels_GP >= 0
-            )
             num_images = len(emb_GF) * self.groups.num_replicas
-            # Where an image has no negative its slope is 0; the quotient would not be a number.
-            factors_G = torch.where(sums_G > 0, slope_G / sums_G, 0.0) / num_images
-            slopes_GP /= num_images
-            emb_grad_GF = slopes_GF.mul_(factors_G[:, None])
-            positives.add_emb_gradients(centers, slopes_GP, emb_grad_GF)
+            terms: list[Term] = []
+            emb_grad_GF: Tensor | None = None
+            for place, (labels_Gp, shares_G) in enumerate(self.objective.sampled_apart(labels_GP)):
+                term, grad_GF = self._term(place, emb_GF, labels_Gp, shares_G, centers, num_images)
+                emb_grad_GF = grad_GF if emb_grad_GF is None else emb_grad_GF.add_(grad_GF)
+                terms.append(term)
+            assert emb_grad_GF is not None
             emb_grad_BF = self.groups.data.reduce_scatter_sum(emb_grad_GF)
-            with self._off_the_critical_path(emb_GF, factors_G, slopes_GP, negatives, positives):
-                negatives.add_row_gradients(emb_GF, factors_G * weight)
-                positives.add_row_gradients(emb_GF, centers, slopes_GP * weight)
-                self.touched_L.index_fill_(0, self.sampled_S, 1)  # setting by index would copy the 1 from the host
-                self.touched_L.scatter_reduce_(0, positives.rows_K, positives.is_here_K.to(torch.uint8), "amax")
+            with self._off_the_critical_path(emb_GF, terms):
+                for term in terms:
+                    self._add_row_gradients(term, emb_GF, centers, weight)
         if self.groups.tensor:
             self.groups.tensor.all_reduce_sum(emb_grad_BF)
-        means = torch.stack([part_G.sum() / num_images for part_G in parts_G.values()])
+        means = torch.stack([torch.stack(list(term.parts.values())) for term in terms]).sum(dim=0)
         if self.groups.replicas:
             self.groups.replicas.all_reduce_sum(means)
         emb_grad_BE = self._all_dimensions(emb_grad_BF, emb_BF, lengths_B1, emb_BE.shape[1])
-        return HeadOutput(means.sum(), dict(zip(parts_G, means, strict=True)), emb_grad_BE)
+        return HeadOutput(means.sum(), dict(zip(terms[0].parts, means, strict=True)), emb_grad_BE)
+
+    def _term(
+        self,
+        place: int,
+        emb_GF: Tensor,
+        labels_Gp: Tensor,
+        shares_G: Tensor | None,
+        centers: Centers,
+        num_images: int,
+    ) -> tuple[Term, Tensor]:
+        """Pass 1 for labels with a sample in common: a term of the loss, and its gradient by the embeddings [G, F].
+
+        `shares_G`: the term's part in an image's loss, None for all of it.
+        """
+        positives = Positives.find(labels_Gp, self.classes, is_compact=self.allow_host_sync)
+        negatives = self._negatives(place, positives, centers, len(emb_GF))
+        sums_G, slopes_GF = negatives.sums(emb_GF)
+        shared = torch.cat([sums_G[None], positives.cosines(emb_GF, centers).T])
+        sums_G, *cosines_pG = self.groups.classes.all_reduce_sum(shared)
+        parts_G, slope_G, slopes_Gp = self.objective.slopes(
+            sums_G.log() + self.objective.shift, torch.stack(cosines_pG, dim=1), labels_Gp >= 0
+        )
+        if shares_G is not None:
+            parts_G = {name: part_G * shares_G for name, part_G in parts_G.items()}
+            slope_G, slopes_Gp = slope_G * shares_G, slopes_Gp * shares_G[:, None]
+        # Where an image has no negative its slope is 0; the quotient would not be a number.
+        factors_G = torch.where(sums_G > 0, slope_G / sums_G, 0.0) / num_images
+        slopes_Gp /= num_images
+        emb_grad_GF = slopes_GF.mul_(factors_G[:, None])
+        positives.add_emb_gradients(centers, slopes_Gp, emb_grad_GF)
+        means = {name: part_G.sum() / num_images for name, part_G in parts_G.items()}
+        return Term(positives, negatives, means, factors_G, slopes_Gp), emb_grad_GF
+
+    def _add_row_gradients(self, term: Term, emb_GF: Tensor, centers: Centers, weight: float) -> None:
+        """Pass 2: `weight` times a term's gradient of the rows, and which rows it touched."""
+        positives, rows_S = term.positives, term.negatives.rows_S
+        term.negatives.add_row_gradients(emb_GF, term.factors_G * weight)
+        positives.add_row_gradients(emb_GF, centers, term.slopes_Gp * weight)
+        self.touched_L.index_fill_(0, rows_S, 1)  # setting by index would copy the 1 from the host
+        self.touched_L.scatter_reduce_(0, positives.rows_K, positives.is_here_K.to(torch.uint8), "amax")
 
     def finish_gradient(self) -> None:
         """Wait for `grad_LE` and `touched_L`, and sum them over replicas. Collectives: all-reduces of both there."""
@@ -193,14 +240,21 @@ class PartialFCHead(nn.Module):
             self.groups.replicas.all_reduce_sum(self.grad_LE)
             self.groups.replicas.all_reduce_max(self.touched_L)
 
-    def _negatives(self, centers: Centers, positives: Positives, num_images: int) -> Negatives:
-        config, device = self.config, self.weight_LE.device
-        if config.sampling == "partial_fc":
+    def _negatives(self, place: int, positives: Positives, centers: Centers, num_images: int) -> Negatives:
+        """The place's sample of this step; around the labels of the micro-batch, it is the micro-batch's."""
+        if self.config.sampling == "partial_fc":
             rows_K = positives.rows_K[positives.is_here_K]
-            self.sampled_S = sample_around(rows_K, self.classes, config.sample_rate, self.seed, self._step, device)
-        slots_GP = positives.slots(self.sampled_S, len(self.classes), num_images)
+            self.samples[place] = sample_around(rows_K, *self._drawn_by(place))
+        elif place not in self.samples:
+            self.samples[place] = sample_classes(*self._drawn_by(place))
+        rows_S = self.samples[place]
+        slots_Gp = positives.slots(rows_S, len(self.classes), num_images)
         scale, shift = self.objective.scale, self.objective.shift
-        return Negatives(centers, self.sampled_S, slots_GP, scale, shift, self.exp_block, self.matmul)
+        return Negatives(centers, rows_S, slots_Gp, scale, shift, self.exp_block, self.matmul)
+
+    def _drawn_by(self, place: int) -> tuple[ClassRange, float, int, int, torch.device, int]:
+        """What decides a sample."""
+        return self.classes, self.config.sample_rate, self.seed, self._step, self.weight_LE.device, place
 
     def _used_dimensions(self, emb_BE: Tensor) -> tuple[Tensor, Tensor | None]:
         """The dimensions in use, at unit length again, and their length before; None where all are in use."""

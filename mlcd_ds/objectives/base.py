@@ -102,6 +102,13 @@ class Need:
     flops: float
 
 
+def engine_memory(count: int, run: PlannedRun) -> dict[str, int]:
+    """Bytes of so many parameters of an objective in the engine: weights and gradients, the copies of both that the
+    loss takes and gives, all fp32; AdamW's states, shared by the ranks (ZeRO)."""
+    states = 12 * count * run.tensor_parallel // run.num_ranks
+    return {"objective: weights and gradients": 16 * count, "objective: optimizer states": states}
+
+
 class Objective(ABC):
     """A loss, and all that belongs to it outside the engine. A subclass says what is in its way different."""
 

@@ -27,6 +27,7 @@ from mlcd_ds.heads.row_optimizer import AdamWRule, RowOptimizer, RowRule, SGDRul
 from mlcd_ds.kernels.device import check_bf16, has_bf16
 from mlcd_ds.objectives.base import Given, Need, Objective, PlannedRun
 from mlcd_ds.objectives.class_losses import ClassLoss, ClassLossConfig
+from mlcd_ds.objectives.label_draw import draw_labels
 from mlcd_ds.recipes.sections import OptimizerConfig, Sections
 
 USUAL_LABELS = 8  # an image, where a recipe takes all there are
@@ -42,6 +43,7 @@ class ClassCentres(Objective):
 
     def __init__(self, recipe: Sections, data: TrainingData, groups: ParallelGroups, device: torch.device) -> None:
         self._labels, self._clusters = data.labels, recipe.data.clusters if recipe.head.init == "centers" else None
+        self._num_labels, self._num_drawn = loss_config(recipe).num_labels, loss_config(recipe).drawn_labels
         self.head = PartialFCHead(
             data.labels.num_centers,
             recipe.model.embed_dim,
@@ -70,16 +72,17 @@ class ClassCentres(Objective):
 
     @classmethod
     def check_device(cls, recipe: Sections, device: torch.device) -> None:
-        check_kernel(recipe.head.kernel, device)
+        check_kernel(recipe.head.kernel, device, has_filter=loss_config(recipe).similarity_filter is not None)
 
     @classmethod
     def check_data(cls, recipe: Sections, data: TrainingData) -> None:
         labels = data.labels
-        if (wanted := loss_config(recipe).num_labels or 1) > labels.num_labels:
-            raise UserError(
-                f"objective.num_labels is {wanted}, but {labels.folder} holds {labels.num_labels} labels an image: "
-                "lower it, or run `mlcd assign --num-labels` again."
-            )
+        for key in ("num_labels", "drawn_labels"):
+            if (wanted := getattr(loss_config(recipe), key) or 1) > labels.num_labels:
+                raise UserError(
+                    f"objective.{key} is {wanted}, but {labels.folder} holds {labels.num_labels} labels an image: "
+                    "lower it, or run `mlcd assign --num-labels` again."
+                )
 
     @classmethod
     def check_start(
@@ -98,29 +101,35 @@ class ClassCentres(Objective):
     def describe(cls, recipe: Sections, data: TrainingData, num_ranks: int, tensor_parallel: int) -> list[str]:
         labels = data.labels
         shards = num_class_shards(num_ranks, recipe.head.parallel_size, tensor_parallel)
-        local = class_range(labels.num_centers, shards, 0)
-        return [
+        local, loss = class_range(labels.num_centers, shards, 0), loss_config(recipe)
+        lines = [
             f"labels: {labels.num_labels} an image, each one of {labels.num_centers} centres",
             f"head: {len(local)} centres on rank 0, {num_sampled(local, recipe.head.sample_rate)} sampled a step",
         ]
+        if loss.drawn_labels:
+            lines[0] += f"; {loss.drawn_labels} of the nearest {loss.num_labels or labels.num_labels} drawn each time"
+        if loss.separate_samples:
+            lines[1] += " for each label"
+        return lines
 
     @classmethod
     def need(cls, recipe: Sections, run: PlannedRun) -> Need:
         shards, dim = recipe.head.parallel_size or run.num_ranks, recipe.model.embed_dim
         # A micro-batch's images of all ranks that share the classes.
-        images = run.micro_batch * shards // run.tensor_parallel
-        num_labels = loss_config(recipe).num_labels or USUAL_LABELS
-        memory = head_memory(shards, run.num_classes, dim, images, num_labels)
+        images, loss = run.micro_batch * shards // run.tensor_parallel, loss_config(recipe)
+        num_labels = loss.drawn_labels or loss.num_labels or USUAL_LABELS
+        num_samples = num_labels if loss.separate_samples else 1
+        memory = head_memory(shards, run.num_classes, dim, images, num_labels, num_samples=num_samples)
         state = memory.pop("state")
         sampled = num_sampled(class_range(run.num_classes, shards, 0), recipe.head.sample_rate)
         width = 4 if recipe.train.precision == "fp32" else 2
         # Embeddings and their gradient, labels, sums and cosines: docs/head.md.
-        sent = images * (dim * (width + 4) + num_labels * 8 + 2 * (1 + num_labels) * 4) * (1 - 1 / shards)
+        sent = images * (dim * (width + 4) + num_labels * 8 + 2 * (num_samples + num_labels) * 4) * (1 - 1 / shards)
         return Need(
             {"head: state": state, "head: during a step": sum(memory.values())},
             sent,
-            f"the head: {sampled} sampled classes a GPU",
-            8 * recipe.train.global_batch * sampled * dim,
+            f"the head: {sampled} sampled classes a GPU" + f", {num_samples} times" * (num_samples > 1),
+            8 * recipe.train.global_batch * sampled * num_samples * dim,
         )
 
     def init_weights(self) -> None:
@@ -144,7 +153,10 @@ class ClassCentres(Objective):
 
     def __call__(self, outputs: Mapping[str, Tensor], fields: Mapping[str, Tensor], weight: float = 1.0) -> Given:
         """Of a micro-batch: its loss is a mean over images. Collectives: see `PartialFCHead.forward`."""
-        output = self.head(outputs["image"], fields["labels"], weight=weight)
+        labels_BP = fields["labels"]
+        if self._num_drawn:
+            labels_BP = draw_labels(labels_BP[:, : self._num_labels], fields["keys"], self._num_drawn)
+        output = self.head(outputs["image"], labels_BP, weight=weight)
         return Given(output.loss, output.parts, {"image": output.emb_grad_BE})
 
     def step(self, lr: float) -> dict[str, Tensor]:

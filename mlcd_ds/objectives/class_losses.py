@@ -8,7 +8,10 @@ log-sum of an image's negatives, and the cosines of its labels.
     unicom    log(1 + e^{n - z_1})                          arXiv 2304.05884: a softmax over the label and the negatives
     averaged_softmax   mean_i log(1 + e^{n - z_i})          one softmax a label, averaged; for comparison only
 
-An image's own labels are never its negatives, in each of them. G images of all ranks, P labels an image.
+An image's own labels are never its negatives, in each of them. Only with `separate_samples` are they: each label of an
+averaged_softmax then has an n of its own, over all other classes of a sample of its own.
+
+G images of all ranks, P labels an image.
 """
 
 from __future__ import annotations
@@ -38,11 +41,32 @@ class ClassLossConfig(ObjectiveConfig):
     feature_rate: float = Field(
         1.0, gt=0, le=1, description="part of the embedding's dimensions in the cosines, redrawn each step (UNICOM)"
     )
+    drawn_labels: int | None = Field(
+        None, ge=1, description="so many of an image's num_labels are drawn at random each time; null: all"
+    )
+    similarity_filter: float | None = Field(
+        None, ge=0, lt=1, description="logits of non-labels whose cosine is above it become 0; null: none"
+    )
+    separate_samples: bool = Field(
+        False, description="of averaged_softmax: each label has a sample of classes of its own, without it"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ClassLossConfig:
         if self.name == "unicom" and self.num_labels not in (None, 1):
             raise ValueError(f"unicom takes one label an image, num_labels is {self.num_labels}: leave it out")
+        if self.name == "unicom" and self.drawn_labels is not None:
+            raise ValueError(f"unicom takes the nearest label, drawn_labels is {self.drawn_labels}: leave it out")
+        if self.drawn_labels and self.num_labels and self.drawn_labels > self.num_labels:
+            raise ValueError(
+                f"drawn_labels {self.drawn_labels} is more than num_labels {self.num_labels}, of which they are drawn: "
+                "lower it, or raise num_labels"
+            )
+        if self.separate_samples and self.name != "averaged_softmax":
+            raise ValueError(
+                f"separate_samples is for name averaged_softmax, which has a softmax for each label; name is "
+                f"{self.name}: set separate_samples=false, or name=averaged_softmax"
+            )
         return self
 
 
@@ -63,6 +87,11 @@ class ClassLoss:
         return self.config.feature_rate
 
     @property
+    def filtered_above(self) -> float | None:
+        """Logits of non-labels above it become 0; None: none does."""
+        return None if self.config.similarity_filter is None else self.scale * self.config.similarity_filter
+
+    @property
     def shift(self) -> float:
         """Taken off the negatives' logits before they are exponentiated.
 
@@ -75,6 +104,14 @@ class ClassLoss:
     @property
     def num_labels(self) -> int | None:
         return 1 if self.config.name == "unicom" else self.config.num_labels
+
+    def sampled_apart(self, labels_GP: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+        """Labels [G, P], -1 for none, split into those with a sample of classes in common, each [G, p]; and beside them
+        their share in an image's loss [G], None for all of it. With separate samples: one over the image's labels."""
+        if not self.config.separate_samples:
+            return [(labels_GP, None)]
+        shares_G = 1 / (labels_GP >= 0).sum(dim=1).clamp_min(1)
+        return [(labels_G1, shares_G) for labels_G1 in labels_GP.split(1, dim=1)]
 
     def parts(self, negatives_G: Tensor, cosines_GP: Tensor, is_label_GP: Tensor) -> dict[str, Tensor]:
         """The loss [G] as parts that add up to it. `negatives_G` is n, -inf where an image has no negative."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -12,24 +12,19 @@ from torch import Tensor, nn
 
 from mlcd_ds.data.fields import TrainingData
 from mlcd_ds.distributed.groups import ParallelGroups
-from mlcd_ds.kernels.device import check_bf16, has_bf16
-from mlcd_ds.kernels.matmul import Matmul
 from mlcd_ds.objectives.base import Need, PlannedRun
 from mlcd_ds.objectives.pairs import BLOCKS, Pairs
+from mlcd_ds.objectives.products import PrecisionConfig, check_products, make_matmul, product_width
 from mlcd_ds.objectives.two_towers import TwoTowers
 from mlcd_ds.recipes.sections import ObjectiveConfig, Sections
 
 FP32 = 4
 
 
-class PairConfig(ObjectiveConfig):
+class PairConfig(PrecisionConfig, ObjectiveConfig):
     """What losses over pairs of images and texts have in common."""
 
     max_scale: float = Field(100.0, gt=1, le=1000, description="largest factor on cosines; the smallest is 1")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto",
-        description="of the products; sums are fp32. auto: bf16, but fp32 where the backbone's is, or without it",
-    )
 
 
 class PairObjective(TwoTowers):
@@ -41,21 +36,21 @@ class PairObjective(TwoTowers):
     """Products [B, G, E] of a step on a rank."""
 
     def __init__(self, recipe: Sections, data: TrainingData, groups: ParallelGroups, device: torch.device) -> None:
-        self.group, self.matmul = groups.data, Matmul(is_bf16(recipe, device), device.type)
+        assert isinstance(recipe.objective, PairConfig)
+        self.group, self.matmul = groups.data, make_matmul(recipe.objective, recipe, device)
         self._wanted = [name for name in self.towers if not recipe.is_frozen(name)]
         self._measures: dict[str, Tensor] = {}
 
     @classmethod
     def check_device(cls, recipe: Sections, device: torch.device) -> None:
         assert isinstance(recipe.objective, PairConfig)
-        if recipe.objective.precision == "bf16":
-            check_bf16(device, "objective.precision bf16", "set objective.precision=fp32 or auto")
+        check_products(recipe.objective, device)
 
     @classmethod
     def need(cls, recipe: Sections, run: PlannedRun) -> Need:
         assert isinstance(recipe.objective, PairConfig)
         batch, dim, ranks = recipe.train.global_batch, recipe.model.embed_dim, run.num_ranks // run.tensor_parallel
-        width = 4 if recipe.train.precision == "fp32" or recipe.objective.precision == "fp32" else 2
+        width = product_width(recipe.objective, recipe)
         block = min(BLOCKS["cuda"][0], batch // ranks) * min(BLOCKS["cuda"][1], batch)
         memory = {
             "texts of all ranks": batch * dim * width,
@@ -76,13 +71,6 @@ class PairObjective(TwoTowers):
 
     def step(self, lr: float) -> dict[str, Tensor]:
         return self._measures
-
-
-def is_bf16(recipe: Sections, device: torch.device) -> bool:
-    assert isinstance(recipe.objective, PairConfig)
-    if recipe.objective.precision != "auto":
-        return recipe.objective.precision == "bf16"
-    return recipe.train.precision != "fp32" and has_bf16(device)
 
 
 class _ClampInward(torch.autograd.Function):

@@ -26,7 +26,7 @@ from mlcd_ds.data.episodes import EpisodeOrder
 from mlcd_ds.data.fields import TrainingData
 from mlcd_ds.distributed.groups import ParallelGroups
 from mlcd_ds.errors import UserError
-from mlcd_ds.objectives.base import Embed, Given, Need, OwnOutputs, PlannedRun
+from mlcd_ds.objectives.base import Embed, Given, Need, OwnOutputs, PlannedRun, engine_memory
 from mlcd_ds.objectives.clip import clip_loss
 from mlcd_ds.objectives.episode import FILE_NAME, STUDENTS, Clusterer, Episode, load_state, save_state
 from mlcd_ds.objectives.episode_plan import EpisodePlan, ProtoClipConfig, protoclip_config
@@ -138,8 +138,8 @@ class ProtoClip(PairObjective):
         # Prototypes of each direction, and the centres of the two teachers.
         kept = (num_directions + 2) * config.num_clusters * config.head_dim * FP32
         block = min(BLOCK_ELEMENTS["cuda"], batch * config.num_clusters)
-        held = 2 * batch * (4 * config.head_hidden + 3 * config.head_dim) * FP32 + 4 * block * FP32 + 4 * head * FP32
-        memory = {"prototypes": kept, **clip.memory}
+        held = 2 * batch * (4 * config.head_hidden + 3 * config.head_dim) * FP32 + 4 * block * FP32
+        memory = {**engine_memory(2 * head, run), "prototypes": kept, **clip.memory}
         memory["loss: during a step"] += held
         products = 2 * num_directions + 2 * (config.targets == "soft")
         flops = clip.flops + 2 * 6 * batch * head + products * 2 * batch * config.num_clusters * config.head_dim

@@ -9,11 +9,12 @@ from pydantic import BeforeValidator, Field
 from mlcd_ds.objectives.base import Objective
 from mlcd_ds.objectives.class_centres import ClassCentres
 from mlcd_ds.objectives.clip import Clip
+from mlcd_ds.objectives.nclip import Nclip
 from mlcd_ds.objectives.protoclip import ProtoClip
 from mlcd_ds.objectives.siglip import Siglip
 from mlcd_ds.recipes.sections import ObjectiveConfig
 
-KINDS: tuple[type[Objective], ...] = (ClassCentres, Clip, Siglip, ProtoClip)
+KINDS: tuple[type[Objective], ...] = (ClassCentres, Clip, Siglip, Nclip, ProtoClip)
 DEFAULT_NAME = "mlcd"
 
 

@@ -22,6 +22,14 @@ from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.trainer import Trainer
 
 NUM_TOKENS = 280
+NCLIP = {"name": "nclip", "num_dims": 48, "head_width": 12}
+MLCD = {"name": "mlcd", "scale": 16.0}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "siglip": {"name": "siglip"},
+    "nclip": NCLIP,
+    "xclip": {"name": "sum", "parts": [{"objective": {"name": "clip"}}, {"weight": 0.3, "objective": NCLIP}]},
+    "mlcd + clip": {"name": "sum", "parts": [{"weight": 0.7, "objective": MLCD}, {"objective": {"name": "clip"}}]},
+}
 
 
 def write_tokenizer(data: TinyData) -> Path:
@@ -44,9 +52,10 @@ def make_trainer(
     sections: dict[str, dict[str, Any]] | None = None,
     **model: int,
 ) -> Trainer:
-    """`name`: clip, siglip, lit (frozen image tower of the run "mlcd" beside `out`), or bf16 (clip)."""
+    """`name`: one of OBJECTIVES, or clip, lit (frozen image tower of the run "mlcd" beside `out`), or bf16 (clip)."""
     content = tiny_recipe(data.index, data.labels)
-    content |= {"objective": {"name": "siglip" if name == "siglip" else "clip"}, "head": {}}
+    head = content["head"] if "mlcd" in name else {}
+    content |= {"objective": OBJECTIVES.get(name, {"name": "clip"}), "head": head}
     content["train"]["precision"] = "bf16" if name == "bf16" else "fp32"
     if name == "lit":
         content["towers"] = {"image": "frozen"}
@@ -82,6 +91,7 @@ def go_on(trainer: Trainer, first: int, end: int) -> Tensor:
     batches, curve = trainer.batches(first), []
     for step in range(first, end):
         result = trainer.step(step, batches)
-        curve.append([float(x) for x in (result.loss, result.backbone_grad_norm, result.measures["logit_scale"])])
+        scale = result.measures.get("logit_scale", 0.0)
+        curve.append([float(x) for x in (result.loss, result.backbone_grad_norm or 0.0, scale)])
     batches.close()
     return torch.tensor(curve, dtype=torch.float64)

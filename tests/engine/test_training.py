@@ -92,6 +92,21 @@ def test_the_other_loss_optimizer_and_sample_train(tiny_data: TinyData, tmp_path
     assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
 
 
+def test_the_successors_loss_trains(tiny_data: TinyData, tmp_path: Path) -> None:
+    """As the recipe onevision_vit_l_14 has it, with four labels instead of ten."""
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_data.index, tiny_data.labels)
+    loss = "{name: averaged_softmax, scale: 16, drawn_labels: 2, similarity_filter: 0.75, separate_samples: true}"
+    overrides = (f"objective={loss}", "head.sampling=partial_fc", "head.sample_rate=0.5", "head.update=dense")
+    overrides = (*overrides, "optimizer.lr=4e-3", "optimizer.head_clip_norm=9", "train.steps=24")
+    quiet = ("train.drop_path=0", "train.token_drop=0", "data.augment.color_jitter=0")
+    training = start(recipe, tmp_path / "run", *overrides, *quiet, run=("torchrun", 2), env=quiet_environment())
+    assert training.wait() == 0, training.text
+    entries = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [entry["loss/softmax"] for entry in entries]
+    assert len(losses) == 24 and losses == [entry["loss/total"] for entry in entries]
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+
+
 def test_a_run_starts_from_an_export(tiny_data: TinyData, finished: Callable[[str], Path], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mlcd_ds", "export", "--run", str(finished("one rank")), "--out", "export"]
     subprocess.run(command, cwd=tmp_path, env=quiet_environment(), check=True)

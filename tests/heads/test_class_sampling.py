@@ -77,7 +77,8 @@ def test_steps_and_seeds_and_ranges_are_independent_of_each_other() -> None:
     by_step = [overlap(a, b) for a, b in itertools.pairwise(draws)]
     by_seed = [overlap(draws[step], sample_classes(CLASSES, 0.5, 1, step)) for step in range(400)]
     by_range = [overlap(draws[step], sample_classes(other, 0.5, 0, step)) for step in range(400)]
-    for overlaps in (by_step, by_seed, by_range):
+    by_place = [overlap(draws[step], sample_classes(CLASSES, 0.5, 0, step, place=1)) for step in range(400)]
+    for overlaps in (by_step, by_seed, by_range, by_place):
         # Five deviations of a mean over 400; measured within 0.2 of 12.5.
         assert abs(torch.tensor(overlaps).double().mean() - 12.5) < 5 * 1.79 / 20
 
@@ -98,6 +99,9 @@ def test_partial_fc_keeps_every_label_and_fills_up() -> None:
     others = counts[[row for row in range(50) if row not in (3, 17, 49)]]
     # 22 of 47 others a step: 187 +- 10
     assert 130 < others.min() and others.max() < 245
+    elsewhere = [sample_around(rows_K, CLASSES, 0.5, 0, step, place=1) for step in range(400)]
+    shared = [len({*one.tolist()} & {*other.tolist()}) - 3 for one, other in zip(sampled, elsewhere, strict=True)]
+    assert abs(torch.tensor(shared).double().mean() - 22 * 22 / 47) < 0.5, "another place draws others: 10.3 +- 0.09"
     many = torch.arange(30)
     assert sample_around(many, CLASSES, 0.1, 0, 0).tolist() == many.tolist(), "more labels than r allows: no negatives"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,7 @@ from mlcd_ds.heads.groups import make_head_groups
 from mlcd_ds.heads.negatives import BlockShape, Negatives, TorchExpBlock
 from mlcd_ds.heads.partial_fc import HeadConfig, PartialFCHead
 from mlcd_ds.kernels.matmul import Matmul
-from mlcd_ds.objectives.class_centres import head_config
+from mlcd_ds.objectives.class_centres import ClassCentres, head_config
 from mlcd_ds.objectives.class_losses import ClassLoss, ClassLossConfig
 
 NUM_IMAGES, NUM_CLASSES, NUM_SAMPLED, DIM, NUM_LABELS = 19, 60, 43, 24, 3
@@ -49,13 +50,19 @@ def make_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
     return emb_GE, weight_LE, rows_S, slots_GP, torch.rand(NUM_IMAGES, generator=generator, dtype=dtype)
 
 
-def in_blocks(kernel: str, precision: str, monkeypatch: pytest.MonkeyPatch, block: BlockShape) -> dict[str, Tensor]:
+def in_blocks(
+    kernel: str,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+    block: BlockShape,
+    filtered_above: float | None = None,
+) -> dict[str, Tensor]:
     """Both passes in blocks of a given shape."""
     monkeypatch.setitem(negatives.BLOCKS, "cpu", block)
     dtype = torch.float64 if precision == "float64" else torch.float32
     emb_GE, weight_LE, rows_S, slots_GP, factors_G = make_inputs(dtype)
     matmul = Matmul(precision == "bf16", "cpu")
-    exp_block = choose_exp_block(kernel, matmul, CPU)
+    exp_block = choose_exp_block(kernel, matmul, CPU, filtered_above)
     if kernel == "triton":  # small tiles: their edges lie inside of a block
         exp_block = replace(exp_block, block_g=16, block_s=16, block_e=16)
     grad_LE = torch.zeros_like(weight_LE)
@@ -66,12 +73,15 @@ def in_blocks(kernel: str, precision: str, monkeypatch: pytest.MonkeyPatch, bloc
     return {"sums": sums_G, "slopes": slopes_GE, "grad": grad_LE}
 
 
-def at_once(dtype: torch.dtype = torch.float32, *, mask_own: bool = True) -> dict[str, Tensor]:
+def at_once(
+    dtype: torch.dtype = torch.float32, *, mask_own: bool = True, filtered_above: float = math.inf
+) -> dict[str, Tensor]:
     """The same from the whole matrix of logits, by autograd in float64, of inputs made in `dtype`."""
     emb_GE, weight_LE, rows_S, slots_GP, factors_G = make_inputs(dtype)
     emb_GE, weight_LE, factors_G = emb_GE.double(), weight_LE.double(), factors_G.double()
     emb_GE.requires_grad_(), weight_LE.requires_grad_()
     z_GS = 16.0 * emb_GE @ F.normalize(weight_LE[rows_S], dim=1).T
+    z_GS = z_GS.where(z_GS <= filtered_above, 0.0)
     own_GS = torch.zeros(NUM_IMAGES, NUM_SAMPLED + 1, dtype=torch.bool)
     own_GS.scatter_(1, slots_GP.where(slots_GP >= 0, NUM_SAMPLED), True)
     exp_GS = torch.exp(z_GS - SHIFT)
@@ -98,6 +108,42 @@ def test_blocks_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     got = in_blocks("torch", "float64", monkeypatch, BlockShape(7, 11))
     for name, expected in at_once(torch.float64).items():
         assert_close(name, got[name], expected, TOLERANCES["float64"])
+
+
+def clear_limit() -> float:
+    """Between two logits that are far enough apart that bf16 does not bring one to the other's side."""
+    emb_GE, weight_LE, rows_S, _, _ = make_inputs(torch.float32)
+    logits = (16.0 * emb_GE @ F.normalize(weight_LE[rows_S], dim=1).T).flatten().sort().values
+    candidates = logits[(logits > 5.0) & (logits < 7.0)]
+    widest = int(candidates.diff().argmax())
+    limit = float(candidates[widest : widest + 2].mean())
+    assert candidates.diff()[widest] > 0.1 and (logits > limit).sum() > 5
+    return limit
+
+
+@pytest.mark.parametrize(("precision", "block"), [("fp32", BlockShape(7, 11)), ("bf16", BlockShape(64, 64))])
+def test_a_filtered_logit_counts_as_zero_and_has_no_gradient(
+    precision: str, block: BlockShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = clear_limit()
+    got, expected = in_blocks("auto", precision, monkeypatch, block, limit), at_once(filtered_above=limit)
+    twins = {"no filter": at_once(), "own labels": at_once(filtered_above=limit, mask_own=False)}
+    for name, tensor in got.items():
+        assert_close(name, tensor, expected[name], TOLERANCES[precision])
+        for twin, wrong in twins.items():
+            assert_differs(f"{name}, {twin}", tensor, wrong[name], 3e-3)
+
+
+def test_auto_filters_with_torch_and_triton_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    block = choose_exp_block("auto", Matmul(True, "cuda"), GPU, 48.0)
+    assert isinstance(block, TorchExpBlock) and block.filtered_above == 48.0
+    message = r"head.kernel is triton, .*objective.similarity_filter: set head.kernel=auto, or objective.similarity_f"
+    with pytest.raises(UserError, match=message):
+        choose_exp_block("triton", Matmul(True, "cuda"), GPU, 48.0)
+    recipe = load_recipe("vit_l_14", ("head.kernel=triton", "objective.similarity_filter=0.75"))
+    with pytest.raises(UserError, match=message):
+        ClassCentres.check_device(recipe, CPU)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")

@@ -29,10 +29,16 @@ RANK_COUNTS = (1, 2, 3)
 
 
 def make_head(
-    group: Group, rate: float = 1.0, num_classes: int = NUM_CLASSES, sampling: str = "uniform"
+    group: Group,
+    rate: float = 1.0,
+    num_classes: int = NUM_CLASSES,
+    sampling: str = "uniform",
+    is_apart: bool = False,
 ) -> PartialFCHead:
+    """`is_apart`: with a sample for each label."""
     config = HeadConfig(sample_rate=rate, sampling=sampling, init_std=0.1)
-    loss = ClassLoss(ClassLossConfig(scale=16.0))
+    name = "averaged_softmax" if is_apart else "mlcd"
+    loss = ClassLoss(ClassLossConfig(name=name, scale=16.0, separate_samples=is_apart))
     head = PartialFCHead(num_classes, DIM, config, loss, make_head_groups(group), seed=3)
     head.init_weights()
     return head
@@ -72,6 +78,10 @@ def run_head(group: Group, folder: Path) -> dict[str, object]:
         "accumulated": accumulated_gradient(group, num_micro_batches=3),
         "at once": accumulated_gradient(group, num_micro_batches=1),
         "not weighted": accumulated_gradient(group, num_micro_batches=3, is_weighted=False),
+        "apart": [
+            accumulated_gradient(group, *way, head=make_head(group, rate=0.5, is_apart=True))
+            for way in ((3,), (1,), (3, False))
+        ],
     }
 
 
@@ -82,7 +92,7 @@ def sampled_for_two_batches(group: Group, sampling: str) -> tuple[Tensor, Tensor
         head = make_head(group, rate=0.5, sampling=sampling)
         head.resample(4)
         head(*make_batch(number, group))
-        sampled.append(head.sampled_S.clone())
+        sampled.append(head.samples[0].clone())
     return sampled[0], sampled[1]
 
 
@@ -90,9 +100,11 @@ def make_optimizer(head: PartialFCHead, max_norm: float = 5.0) -> RowOptimizer:
     return head_optimizer(head, OptimizerConfig(lr=1e-2, warmup_steps=0, head_clip_norm=max_norm))
 
 
-def accumulated_gradient(group: Group, num_micro_batches: int, is_weighted: bool = True) -> tuple[Tensor, Tensor]:
+def accumulated_gradient(
+    group: Group, num_micro_batches: int, is_weighted: bool = True, head: PartialFCHead | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean loss and the centres' gradient over the micro-batches of one global batch."""
-    head = make_head(group)
+    head = head or make_head(group)
     head.resample(0)
     emb_BE, labels_BP = make_batch(7, group)
     outputs = [
@@ -166,10 +178,14 @@ def test_the_norm_is_that_over_all_shards(by_ranks: dict, num_ranks: int) -> Non
 @pytest.mark.parametrize("num_ranks", RANK_COUNTS)
 def test_micro_batches_add_up_to_the_batch(by_ranks: dict, num_ranks: int) -> None:
     for rank in by_ranks[num_ranks]:
-        (loss, grad), (expected_loss, expected_grad) = rank["accumulated"], rank["at once"]
-        assert_close("loss", loss, expected_loss, 1e-6)  # measured 1e-7
-        assert_close("gradient", grad, expected_grad, 2e-6)  # measured 3e-7
-        assert_differs("not weighted", rank["not weighted"][1], expected_grad, 2e-6)
+        for accumulated, at_once, not_weighted in (
+            [rank[way] for way in ("accumulated", "at once", "not weighted")],
+            rank["apart"],
+        ):
+            (loss, grad), (expected_loss, expected_grad) = accumulated, at_once
+            assert_close("loss", loss, expected_loss, 1e-6)  # measured 1e-7
+            assert_close("gradient", grad, expected_grad, 2e-6)  # measured 3e-7
+            assert_differs("not weighted", not_weighted[1], expected_grad, 2e-6)
 
 
 def test_repeats_within_an_image_count_once() -> None:

@@ -35,6 +35,8 @@ class Case:
     num_labels: int | None = None
     feature_rate: float = 1.0
     sampling: str = "uniform"
+    similarity_filter: float | None = None
+    separate_samples: bool = False
 
 
 CASES = {
@@ -59,6 +61,17 @@ CASES = {
     "unicom, s 64": Case(64, 0.3, "cosface", 0.5, "repeated", "unicom"),
     "averaged softmax": Case(16, 0.3, "cosface", 0.5, "repeated", "averaged_softmax"),
     "averaged softmax, s 64": Case(64, 0.3, "cosface", 0.5, name="averaged_softmax"),
+    "filter": Case(16, 0.3, "cosface", 1.0, similarity_filter=0.4),
+    "filter, s 70": Case(70, 0.3, "cosface", 1.0, "repeated", "mlc", similarity_filter=0.1),
+    "filter, some dimensions": Case(16, 0.3, "arcface", 0.5, name="unicom", feature_rate=0.5, similarity_filter=0.4),
+    "separate samples": Case(16, 0.3, "cosface", 1.0, "repeated", "averaged_softmax", separate_samples=True),
+    "separate samples, r .5": Case(16, 0.3, "cosface", 0.5, name="averaged_softmax", separate_samples=True),
+    "separate samples, partial_fc, filter": Case(
+        64, 0.3, "cosface", 0.3, "random", "averaged_softmax", 2, 1.0, "partial_fc", 0.3, separate_samples=True
+    ),
+    "separate samples, filter, some dimensions": Case(
+        16, 0.3, "cosface", 0.5, "repeated", "averaged_softmax", None, 0.5, "uniform", 0.4, separate_samples=True
+    ),
 }
 EXTREMES = {form: Case(64, 0.3, form, 1.0, "aligned") for form in ("cosface", "none", "arcface")}
 # Measured over all cases and rank counts, relative to the largest entry: losses 1.2e-7, gradients 2.0e-6 (s 64 without
@@ -106,6 +119,8 @@ def objective_of(case: Case) -> ClassLoss:
             margin_form=case.form,
             num_labels=case.num_labels,
             feature_rate=case.feature_rate,
+            similarity_filter=case.similarity_filter,
+            separate_samples=case.separate_samples,
         )
     )
 
@@ -127,7 +142,8 @@ def run_cases(group: Group, cases: dict[str, Case]) -> dict[str, dict[str, Tenso
             "weight_CE": weight_CE,
             "labels_GP": labels_GP,
             "emb_GE": emb_GE,
-            "sampled": head.sampled_S + head.classes.begin,
+            "samples": [head.samples[place] + head.classes.begin for place in sorted(head.samples)],
+            "sampled": torch.cat(list(head.samples.values())).unique() + head.classes.begin,
             "features": range(DIM) if case.feature_rate == 1 else head._features_F,
             "loss": output.loss,
             **output.parts,
@@ -159,31 +175,49 @@ def oracle(
     *,
     mask_own: bool = True,
     with_one: bool = True,
+    with_filter: bool = True,
+    one_sample: bool = False,
+    mask_others: bool = False,
+    by_places: bool = False,
     classes: range = range(NUM_CLASSES),
 ) -> dict[str, Tensor]:
     """Eq. 4-5 over sets of classes, image by image, in float64. The keywords make known-bad twins."""
     emb_GE = ranks[0]["emb_GE"].double().requires_grad_()
     weight_CE = ranks[0]["weight_CE"].double().requires_grad_()
-    sampled = {int(c) for rank in ranks for c in rank["sampled"]}
+    by_place = zip(*(rank["samples"] for rank in ranks), strict=True)
+    samples = [{int(c) for sample in of_ranks for c in sample} for of_ranks in by_place]
     features = [int(feature) for feature in ranks[0]["features"]]
-    one = [torch.zeros((), dtype=torch.float64)] if with_one else []
-    tiny = [torch.tensor(-1e3, dtype=torch.float64)]  # so that an empty sum has a logarithm
+    unit_CF = weight_CE[:, features] / weight_CE[:, features].norm(dim=1, keepdim=True)
+    zero = torch.zeros((), dtype=torch.float64)
+    one = [zero] if with_one else []
+    tiny = [zero - 1e3]  # so that an empty sum has a logarithm
     num_labels = 1 if case.name == "unicom" else case.num_labels
+    limit = case.similarity_filter if with_filter and case.similarity_filter is not None else math.inf
     parts = []
     for emb_E, labels in zip(emb_GE, ranks[0]["labels_GP"][:, :num_labels].tolist(), strict=True):
         own = {c for c in labels if c >= 0}
         emb_F = emb_E[features] if len(features) == DIM else emb_E[features] / emb_E[features].norm()
+        cosines = (unit_CF @ emb_F).unbind()
 
-        def cosine(c: int, emb_F: Tensor = emb_F) -> Tensor:
-            return emb_F @ (weight_CE[c][features] / weight_CE[c][features].norm())
+        def log_sum(sampled: set[int], masked: set[int], cosines: tuple[Tensor, ...] = cosines) -> Tensor:
+            """n over the sampled classes without the masked ones."""
+            chosen = [cosines[c] for c in sorted(sampled) if c in classes and not (mask_own and c in masked)]
+            return torch.logsumexp(
+                torch.stack(tiny + [case.scale * cos if cos <= limit else zero for cos in chosen]), 0
+            )
 
-        z_neg = [case.scale * cosine(c) for c in sorted(sampled) if c in classes and not (mask_own and c in own)]
-        z_pos = [case.scale * margin_of(cosine(c), case.margin, case.form) for c in sorted(own) if c in classes]
-        n = torch.logsumexp(torch.stack(tiny + z_neg), 0)
+        z_of = {c: case.scale * margin_of(cosines[c], case.margin, case.form) for c in sorted(own) if c in classes}
+        z_pos, n = list(z_of.values()), log_sum(samples[0], own)
         p = torch.logsumexp(torch.stack(tiny + [-z for z in z_pos]), 0)
         if case.name == "mlcd":
             parts.append({"negatives": torch.logsumexp(torch.stack([*one, n]), 0)})
             parts[-1]["positives"] = torch.logsumexp(torch.stack([*one, p]), 0)
+        elif case.separate_samples:
+            sample_of = {c: samples[0 if one_sample else labels.index(c)] for c in z_of}
+            n_of = {c: log_sum(sample_of[c], own if mask_others else {c}) for c in z_of}
+            losses = [-torch.log(z.exp() / (z.exp() + n_of[c].exp())) for c, z in z_of.items()]
+            count = len(labels) if by_places else max(1, len(losses))
+            parts.append({"softmax": sum(losses, torch.zeros(())) / count})
         elif case.name == "averaged_softmax":
             losses = [-torch.log(z.exp() / (z.exp() + n.exp())) for z in z_pos]
             parts.append({"softmax": sum(losses, torch.zeros(())) / max(1, len(losses))})
@@ -308,6 +342,24 @@ def test_known_bad_twins_are_told_apart(num_ranks: int) -> None:
         assert_differs("constant 1 left out", got["emb_grad"], without_one["emb_grad"], GRAD_TOLERANCE)
 
 
+# Case, and what a twin of its oracle does otherwise.
+TWINS = [
+    *((name, {"with_filter": False}) for name, case in CASES.items() if case.similarity_filter is not None),
+    *((name, {"one_sample": True}) for name, case in CASES.items() if case.separate_samples and case.rate < 1),
+    ("separate samples, r .5", {"mask_others": True}),
+    ("separate samples", {"by_places": True}),
+]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize(("name", "mistake"), TWINS)
+def test_mistakes_with_filter_and_samples_are_told_apart(name: str, mistake: dict[str, bool], num_ranks: int) -> None:
+    ranks = of_case(num_ranks, name)
+    got, twin = whole(ranks), oracle(ranks, CASES[name], **mistake)
+    for key, tolerance in {"loss": LOSS_TOLERANCE, "emb_grad": GRAD_TOLERANCE, "weight_grad": GRAD_TOLERANCE}.items():
+        assert_differs(f"{name}, {mistake}", got[key], twin[key], tolerance)
+
+
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_a_gradient_that_is_not_summed_over_ranks_is_told_apart(num_ranks: int) -> None:
     ranks, case = of_case(num_ranks, "cosface"), CASES["cosface"]
@@ -393,6 +445,14 @@ def test_settings_that_contradict_are_refused() -> None:
         ClassLossConfig(scale=76.0)
     with pytest.raises(ValidationError, match="one label"):
         ClassLossConfig(name="unicom", num_labels=8)
+    with pytest.raises(ValidationError, match="drawn_labels is 8: leave it out"):
+        ClassLossConfig(name="unicom", drawn_labels=8)
+    with pytest.raises(ValidationError, match=r"drawn_labels 9 is more than num_labels 8, .* lower it, or raise"):
+        ClassLossConfig(num_labels=8, drawn_labels=9)
+    with pytest.raises(
+        ValidationError, match=r"separate_samples .* name is mlcd: set separate_samples=false, or name="
+    ):
+        ClassLossConfig(separate_samples=True)
 
 
 @pytest.mark.parametrize("scale", [1.0, 64.0, 66.0, 68.0, 70.0, 75.0])

@@ -1,0 +1,143 @@
+"""nCLIP's loss: a wide distribution of each modality is the label of the other. Logits are formed some rows at a time.
+
+With p_i and q_i the distributions of image i and its text over K dimensions, and pbar, qbar their means over the batch
+(arXiv 2210.09304):
+
+    L = w CE - lambda_2 HE + lambda_1 EH
+    CE = 1/2G sum_i [H(p_i, q_i) + H(q_i, p_i)]   each modality foretells the other
+    EH = 1/2G sum_i [H(p_i) + H(q_i)]             each distribution is narrow
+    HE = 1/2 [H(pbar) + H(qbar)]                  all dimensions are in use
+
+with H(a, b) = -sum_k a_k log b_k. The slopes by the logits z_i of p_i = softmax(z_i), and likewise of q:
+
+    2G dL/dz_ik = w (p_ik - q_ik) + p_ik { w [-log q_ik - H(p_i, q_i)]
+                                          + lambda_1 [-log p_ik - H(p_i)] - lambda_2 [-log pbar_k - H(p_i, pbar)] }
+
+A row needs of the others only pbar. So there are two passes over blocks of rows: the first gives the loss and pbar, the
+second forms the logits again, and from them the slopes and both their products. A block is at most BLOCK numbers.
+
+B images and texts on this rank, G of all ranks, W width of the heads, K dimensions; b: rows of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mlcd_ds.distributed.collectives import Group
+from mlcd_ds.kernels.matmul import Matmul
+
+BLOCK = {"cpu": 2**22, "cuda": 2**27}  # most numbers in a block of logits
+LEAST = 1e-30  # stands for a mean of 0, whose logarithm must stay finite
+
+
+@dataclass(frozen=True)
+class TermWeights:
+    """Factors on the terms: w, lambda_1 and lambda_2."""
+
+    cross_entropy: float
+    entropy: float
+    mean_entropy: float
+
+
+@dataclass(frozen=True)
+class PseudoLabels:
+    """Means over the batch of all ranks: the terms CE, EH and HE [3], and pbar and qbar [2, K]. And this rank's share
+    of the gradients, of image and text: by what the last layers are given [B, W], complete, and by their weights
+    [K, W]."""
+
+    terms: Tensor
+    means_2K: Tensor
+    hidden_gradients: tuple[Tensor, Tensor]
+    weight_gradients: tuple[Tensor, Tensor]
+
+
+class Logits:
+    """Of one modality: rows [B, W] times the last layer's weights [K, W], over a temperature."""
+
+    def __init__(self, hidden_BW: Tensor, weights_KW: Tensor, temperature: float, matmul: Matmul) -> None:
+        self._matmul, self._factor = matmul, 1 / temperature
+        self._hidden_BW, self._weights_KW = matmul.cast(hidden_BW), matmul.cast(weights_KW)
+        wide = torch.promote_types(hidden_BW.dtype, torch.float32)
+        self.hidden_grad_BW = torch.zeros_like(hidden_BW, dtype=wide)
+        self.weights_grad_KW = torch.zeros_like(weights_KW, dtype=wide)
+
+    def log_probabilities(self, rows: slice) -> Tensor:
+        """[b, K]."""
+        logits_bK = self._matmul(self._hidden_BW[rows], self._weights_KW.T)
+        return torch.log_softmax(logits_bK.mul_(self._factor), dim=1)
+
+    def add_slopes(self, rows: slice, slopes_bK: Tensor) -> None:
+        """Take in the loss's slopes by the logits of a block."""
+        slopes_bK = self._matmul.cast(slopes_bK.mul_(self._factor))
+        self._matmul.add(self.hidden_grad_BW[rows], slopes_bK, self._weights_KW)
+        self._matmul.add(self.weights_grad_KW, slopes_bK.T, self._hidden_BW[rows])
+
+
+def pseudo_labels(
+    hidden: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, Tensor],
+    temperatures: tuple[float, float],
+    terms: TermWeights,
+    group: Group,
+    matmul: Matmul,
+) -> PseudoLabels:
+    """Terms and gradients of image and text: `hidden` [B, W] each, `weights` [K, W] each. Collectives: an all-reduce of
+    [2 K + 4] numbers.
+    """
+    num_rows, (num_dims, _) = len(hidden[0]), weights[0].shape
+    with matmul.active():
+        both = [Logits(*each, matmul) for each in zip(hidden, weights, temperatures, strict=True)]
+        sums = torch.zeros(2 * num_dims + 4, dtype=both[0].hidden_grad_BW.dtype, device=hidden[0].device)
+        means_2K, entropies = sums[:-4].view(2, num_dims), sums[-4:].view(2, 2)  # H(p), H(q); H(p, q), H(q, p)
+        for rows in _blocks(num_rows, num_dims, hidden[0].device):
+            logs = [logits.log_probabilities(rows) for logits in both]
+            for own, other, mean_K, number in ((0, 1, means_2K[0], 0), (1, 0, means_2K[1], 1)):
+                probabilities_bK = logs[own].exp()
+                mean_K += probabilities_bK.sum(dim=0)
+                entropies[0, number] += _entropy(probabilities_bK, logs[own]).sum()
+                entropies[1, number] += _entropy(probabilities_bK, logs[other]).sum()
+        group.all_reduce_sum(sums)
+        sums /= num_rows * group.size
+        logs_2K = means_2K.clamp_min(LEAST).log()
+        half = 0.5 / (num_rows * group.size)
+        for rows in _blocks(num_rows, num_dims, hidden[0].device):
+            logs = [logits.log_probabilities(rows) for logits in both]
+            probabilities = [log_bK.exp() for log_bK in logs]
+            for own, other in ((0, 1), (1, 0)):
+                both[own].add_slopes(rows, _slopes(probabilities, logs, own, other, logs_2K[own], terms).mul_(half))
+    mean_entropies = -(means_2K * logs_2K).sum(dim=1)
+    values = torch.stack([entropies[1].mean(), entropies[0].mean(), mean_entropies.mean()])
+    by_hidden, by_weights = ((each.hidden_grad_BW for each in both), (each.weights_grad_KW for each in both))
+    return PseudoLabels(values, means_2K, tuple(by_hidden), tuple(by_weights))  # type: ignore[arg-type]
+
+
+def _blocks(num_rows: int, num_dims: int, device: torch.device) -> Iterator[slice]:
+    size = max(1, BLOCK[device.type] // num_dims)
+    for begin in range(0, num_rows, size):
+        yield slice(begin, min(begin + size, num_rows))
+
+
+def _entropy(probabilities_bK: Tensor, logs_bK: Tensor) -> Tensor:
+    """H(a, b) of each row, from a and log b."""
+    return -torch.linalg.vecdot(probabilities_bK, logs_bK)
+
+
+def _slopes(
+    probabilities: Sequence[Tensor],
+    logs: Sequence[Tensor],
+    own: int,
+    other: int,
+    mean_log_K: Tensor,
+    terms: TermWeights,
+) -> Tensor:
+    """2G dL/dz of a modality's block [b, K]."""
+    p_bK, log_bK = probabilities[own], logs[own]
+    constants_b = terms.cross_entropy * (1 - _entropy(p_bK, logs[other]))
+    constants_b -= terms.entropy * _entropy(p_bK, log_bK) + terms.mean_entropy * (p_bK @ mean_log_K)
+    slopes_bK = torch.add(constants_b[:, None], logs[other], alpha=-terms.cross_entropy)
+    slopes_bK.add_(log_bK, alpha=-terms.entropy).add_(mean_log_K, alpha=terms.mean_entropy).mul_(p_bK)
+    return slopes_bK.sub_(probabilities[other], alpha=terms.cross_entropy)
