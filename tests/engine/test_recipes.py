@@ -276,7 +276,7 @@ def test_dump_and_load_round_trip(tmp_path: Path) -> None:
         ({"objective": {"name": "nosuch"}}, "objective: .*'nosuch'.*'mlcd', .*'clip'"),
         (
             {"objective": {"name": "mlc", "temperature": 0.1}},
-            "objective.temperature belongs to clip, protoclip; .* is mlc",
+            "objective.temperature belongs to clip, .*; this .* is mlc",
         ),
         ({"objective": {"name": "clip", "margin": 0.1}}, "objective.margin belongs to mlcd, mlc, .*; this .* is clip"),
         ({"objective": {"name": "clip", "temprature": 0.1}}, "objective.temprature: .*Did you mean temperature"),
