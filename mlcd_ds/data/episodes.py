@@ -1,10 +1,10 @@
 """An order in episodes: so many samples are drawn, learned from once, and others are drawn.
 
-What an episode holds is a pure function of (seed, episode), with or without replacement. An episode's items are cut
+What an episode holds is a pure function of (seed, episode), with or without replacement. An episode's places are cut
 into `num_streams` equal segments, one a stream, so that every number of ranks that divides `num_streams` sees the same
 global batches. Samples lie anywhere in the shards: reading is not local as in `order.py`.
 
-N items of an episode.
+N places of an episode, each with a sample.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ class EpisodeOrder:
         """Samples `start ... start + count` of a stream, counted from the beginning of training: global ids [count]
         and epochs [count], which tell the draws for an id apart."""
         positions = np.arange(start, start + count)
-        episodes, items = positions // self._per_stream, stream * self._per_stream + positions % self._per_stream
+        episodes, places = positions // self._per_stream, stream * self._per_stream + positions % self._per_stream
         ids, epochs = np.empty(count, np.int64), np.empty(count, np.int64)
         for number in np.unique(episodes):
             chosen = episodes == number
             all_ids, all_epochs = self.episode(int(number))
-            ids[chosen], epochs[chosen] = all_ids[items[chosen]], all_epochs[items[chosen]]
+            ids[chosen], epochs[chosen] = all_ids[places[chosen]], all_epochs[places[chosen]]
         return ids, epochs
 
     def locate(self, ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -79,13 +79,13 @@ class EpisodeOrder:
         return locate_in(self._firsts_S, ids_N)
 
     def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and epochs, int64 [N], of all items of an episode."""
-        items_N = np.arange(self.episode_samples)
+        """Ids and epochs, int64 [N], of all places of an episode."""
+        places_N = np.arange(self.episode_samples)
         if self._is_with_replacement:
-            draws_N = uniforms(self.seed + APART, number, items_N, 1)[:, 0]
+            draws_N = uniforms(self.seed + APART, number, places_N, 1)[:, 0]
             ids_N = (draws_N * self.num_samples).astype(np.int64)
         else:
             permutation, part = divmod(number, self.num_samples // self.episode_samples)
             key = mix64(np.array([self.seed + APART], np.uint64)) ^ mix64(np.array([permutation], np.uint64))
-            ids_N = permuted(items_N + part * self.episode_samples, self.num_samples, int(key[0]))
+            ids_N = permuted(places_N + part * self.episode_samples, self.num_samples, int(key[0]))
         return ids_N, number * self.episode_samples + occurrences(ids_N)

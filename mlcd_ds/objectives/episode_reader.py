@@ -66,7 +66,7 @@ class EpisodeReader:
         ids_n, epochs_n = ids_N[mine], epochs_N[mine]
         shards_n, places_n = self._order.locate(ids_n)
         rows_n = self._data.rows(shards_n, places_n)
-        keys_n = np.empty(len(mine), np.int64)  # which of several captions: the one that the item trains with
+        keys_n = np.empty(len(mine), np.int64)  # which of several captions: the one that is trained with
         for epoch in np.unique(epochs_n):
             chosen = epochs_n == epoch
             keys_n[chosen] = random_keys(ids_n[chosen], int(epoch), self._order.seed)

@@ -19,7 +19,7 @@ def make_order(is_with_replacement: bool, seed: int = 5, samples: int = SAMPLES)
 
 
 def pairs_of(order: EpisodeOrder, number: int) -> list[tuple[int, int]]:
-    """(id, epoch) of an episode's items."""
+    """(id, epoch) of an episode's places."""
     ids, epochs = order.episode(number)
     return list(zip(ids.tolist(), epochs.tolist(), strict=True))
 
