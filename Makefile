@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= cpu,demo,dev
 
-.PHONY: demo demo-text test lint setup help clean
+.PHONY: demo demo-text compare test lint setup help clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -20,6 +20,9 @@ demo: setup  ## the whole pipeline on the pictures in demo/shards
 
 demo-text: setup  ## CLIP and LiT on the same pictures and their captions, after `make demo`
 	$(BIN)/python demo/text.py $(DEMO_ARGS)
+
+compare: setup  ## all systems on the same pictures: hours, resumable; writes docs/comparison.md
+	$(BIN)/python demo/compare.py $(COMPARE_ARGS)
 
 test: setup  ## all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -21,7 +21,7 @@ B images and texts on this rank, G of all ranks, W width of the heads, K dimensi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,7 @@ from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.kernels.matmul import Matmul
 
 BLOCK = {"cpu": 2**22, "cuda": 2**27}  # most numbers in a block of logits
+LEAST_ROWS = 64  # of a block, which reads and writes all of the weights' gradient
 LEAST = 1e-30  # stands for a mean of 0, whose logarithm must stay finite
 
 
@@ -70,9 +71,9 @@ class Logits:
         logits_bK = self._matmul(self._hidden_BW[rows], self._weights_KW.T)
         return torch.log_softmax(logits_bK.mul_(self._factor), dim=1)
 
-    def add_slopes(self, rows: slice, slopes_bK: Tensor) -> None:
-        """Take in the loss's slopes by the logits of a block."""
-        slopes_bK = self._matmul.cast(slopes_bK.mul_(self._factor))
+    def add_slopes(self, rows: slice, slopes_bK: Tensor, factor: float) -> None:
+        """Take in `factor` times the loss's slopes by the logits of a block."""
+        slopes_bK = self._matmul.cast(slopes_bK.mul_(factor * self._factor))
         self._matmul.add(self.hidden_grad_BW[rows], slopes_bK, self._weights_KW)
         self._matmul.add(self.weights_grad_KW, slopes_bK.T, self._hidden_BW[rows])
 
@@ -86,58 +87,55 @@ def pseudo_labels(
     matmul: Matmul,
 ) -> PseudoLabels:
     """Terms and gradients of image and text: `hidden` [B, W] each, `weights` [K, W] each. Collectives: an all-reduce of
-    [2 K + 4] numbers.
+    [2 K + 2] numbers.
     """
-    num_rows, (num_dims, _) = len(hidden[0]), weights[0].shape
+    (num_rows, _), (num_dims, _), device = hidden[0].shape, weights[0].shape, hidden[0].device
     with matmul.active():
         both = [Logits(*each, matmul) for each in zip(hidden, weights, temperatures, strict=True)]
-        sums = torch.zeros(2 * num_dims + 4, dtype=both[0].hidden_grad_BW.dtype, device=hidden[0].device)
-        means_2K, entropies = sums[:-4].view(2, num_dims), sums[-4:].view(2, 2)  # H(p), H(q); H(p, q), H(q, p)
-        for rows in _blocks(num_rows, num_dims, hidden[0].device):
+        like = both[0].hidden_grad_BW
+        own_2B, cross_2B = like.new_zeros(2, num_rows), like.new_zeros(2, num_rows)  # H(p), H(q); H(p, q), H(q, p)
+        shared = like.new_zeros(2 * num_dims + 2)
+        means_2K, entropies_2 = shared[:-2].view(2, num_dims), shared[-2:]
+        for rows in _blocks(num_rows, num_dims, device):
             logs = [logits.log_probabilities(rows) for logits in both]
-            for own, other, mean_K, number in ((0, 1, means_2K[0], 0), (1, 0, means_2K[1], 1)):
-                probabilities_bK = logs[own].exp()
-                mean_K += probabilities_bK.sum(dim=0)
-                entropies[0, number] += _entropy(probabilities_bK, logs[own]).sum()
-                entropies[1, number] += _entropy(probabilities_bK, logs[other]).sum()
-        group.all_reduce_sum(sums)
-        sums /= num_rows * group.size
+            for number, (log_bK, other_bK) in enumerate(zip(logs, logs[::-1], strict=True)):
+                probabilities_bK = log_bK.exp()
+                means_2K[number] += probabilities_bK.sum(dim=0)
+                own_2B[number, rows] = _entropies(probabilities_bK, log_bK)
+                cross_2B[number, rows] = _entropies(probabilities_bK, other_bK)
+        entropies_2 += torch.stack([cross_2B.sum(), own_2B.sum()])
+        group.all_reduce_sum(shared)
+        num_images = num_rows * group.size
+        means_2K /= num_images
         logs_2K = means_2K.clamp_min(LEAST).log()
-        half = 0.5 / (num_rows * group.size)
-        for rows in _blocks(num_rows, num_dims, hidden[0].device):
+        for rows in _blocks(num_rows, num_dims, device):
             logs = [logits.log_probabilities(rows) for logits in both]
             probabilities = [log_bK.exp() for log_bK in logs]
-            for own, other in ((0, 1), (1, 0)):
-                both[own].add_slopes(rows, _slopes(probabilities, logs, own, other, logs_2K[own], terms).mul_(half))
-    mean_entropies = -(means_2K * logs_2K).sum(dim=1)
-    values = torch.stack([entropies[1].mean(), entropies[0].mean(), mean_entropies.mean()])
-    by_hidden, by_weights = ((each.hidden_grad_BW for each in both), (each.weights_grad_KW for each in both))
-    return PseudoLabels(values, means_2K, tuple(by_hidden), tuple(by_weights))  # type: ignore[arg-type]
+            for number, other in ((0, 1), (1, 0)):
+                p_bK, log_p_bK, mean_log_K = probabilities[number], logs[number], logs_2K[number]
+                constants_b = terms.cross_entropy * (1 - cross_2B[number, rows])
+                constants_b -= terms.entropy * own_2B[number, rows] + terms.mean_entropy * (p_bK @ mean_log_K)
+                slopes_bK = torch.add(constants_b[:, None], logs[other], alpha=-terms.cross_entropy)
+                slopes_bK.add_(log_p_bK, alpha=-terms.entropy).add_(mean_log_K, alpha=terms.mean_entropy).mul_(p_bK)
+                slopes_bK.sub_(probabilities[other], alpha=terms.cross_entropy)
+                both[number].add_slopes(rows, slopes_bK, 0.5 / num_images)
+    mean_entropy = -(means_2K * logs_2K).sum() / 2
+    values = torch.cat([entropies_2 / (2 * num_images), mean_entropy[None]])
+    image, text = both
+    return PseudoLabels(
+        values,
+        means_2K,
+        (image.hidden_grad_BW, text.hidden_grad_BW),
+        (image.weights_grad_KW, text.weights_grad_KW),
+    )
 
 
 def _blocks(num_rows: int, num_dims: int, device: torch.device) -> Iterator[slice]:
-    size = max(1, BLOCK[device.type] // num_dims)
+    size = max(LEAST_ROWS, BLOCK[device.type] // num_dims)
     for begin in range(0, num_rows, size):
         yield slice(begin, min(begin + size, num_rows))
 
 
-def _entropy(probabilities_bK: Tensor, logs_bK: Tensor) -> Tensor:
-    """H(a, b) of each row, from a and log b."""
-    return -torch.linalg.vecdot(probabilities_bK, logs_bK)
-
-
-def _slopes(
-    probabilities: Sequence[Tensor],
-    logs: Sequence[Tensor],
-    own: int,
-    other: int,
-    mean_log_K: Tensor,
-    terms: TermWeights,
-) -> Tensor:
-    """2G dL/dz of a modality's block [b, K]."""
-    p_bK, log_bK = probabilities[own], logs[own]
-    constants_b = terms.cross_entropy * (1 - _entropy(p_bK, logs[other]))
-    constants_b -= terms.entropy * _entropy(p_bK, log_bK) + terms.mean_entropy * (p_bK @ mean_log_K)
-    slopes_bK = torch.add(constants_b[:, None], logs[other], alpha=-terms.cross_entropy)
-    slopes_bK.add_(log_bK, alpha=-terms.entropy).add_(mean_log_K, alpha=terms.mean_entropy).mul_(p_bK)
-    return slopes_bK.sub_(probabilities[other], alpha=terms.cross_entropy)
+def _entropies(probabilities_bK: Tensor, logs_bK: Tensor) -> Tensor:
+    """[b]: H(a, b) of each row, from a and log b, without a product in memory."""
+    return -torch.bmm(probabilities_bK[:, None, :], logs_bK[:, :, None])[:, 0, 0]

@@ -95,7 +95,7 @@ def compute(group: Group, outputs: dict[str, Tensor], recipe: Recipe | None = No
 
 def compute_all(group: Group) -> dict[str, dict[str, Tensor]]:
     outputs, whole = make_outputs(group.size, torch.float64), pseudo_labels.BLOCK["cpu"]
-    found = {}
+    found, pseudo_labels.LEAST_ROWS = {}, 1
     for block in (BLOCK, whole):
         pseudo_labels.BLOCK["cpu"] = block
         found[f"blocks of {block}"] = compute(group, outputs)
