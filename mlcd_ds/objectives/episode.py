@@ -33,8 +33,9 @@ STUDENTS = {"image": "text", "text": "image"}
 
 @dataclass(frozen=True)
 class Episode:
-    """`labels` int32 [N] and `centers` [K, P] by teacher; `prototypes` [K, P] by "STUDENT/TEACHER"; and of the
-    clusterings, by teacher, `objectives` and `empty`, the share of clusters that were dropped."""
+    """`labels` int32 [N] and `centers` [K, P] by teacher; `prototypes` [K, P] by "STUDENT/TEACHER", where there is back
+    translation; and of the clusterings, by teacher, `objectives` and `empty`, the share of clusters that were dropped.
+    """
 
     number: int
     ids_N: Tensor
@@ -47,6 +48,10 @@ class Episode:
     def labels_of(self, ids_B: Tensor, teacher: str) -> Tensor:
         """int64 [B]: the clusters of samples of the episode."""
         return self.labels[teacher][torch.searchsorted(self.ids_N, ids_B.contiguous())].long()
+
+    def prototypes_of(self, student: str, teacher: str) -> Tensor:
+        """[K, P]: what a student is drawn to."""
+        return self.prototypes.get(f"{student}/{teacher}", self.centers[teacher])
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it but the ids, for a file."""
@@ -110,12 +115,9 @@ class Clusterer:
             empty[teacher] = 1 - kept_K.float().mean()
             own = slice(share.first, share.first + share.count)
             students = [name for name, other in STUDENTS.items() if teacher in (other, "external")]
-            for student in students:
-                prototypes[f"{student}/{teacher}"] = (
-                    self._means(features[student], labels_N[own], len(centers[teacher]))
-                    if self.has_back_translation
-                    else centers[teacher]
-                )
+            for student in students if self.has_back_translation else ():
+                means_KP = self._means(features[student], labels_N[own], len(centers[teacher]))
+                prototypes[f"{student}/{teacher}"] = means_KP
         return Episode(number, ids_N, labels, centers, prototypes, objectives, empty)
 
     def _means(self, rows_NP: Tensor, labels_N: Tensor, num_clusters: int) -> Tensor:

@@ -67,7 +67,7 @@ class PrototypeTerms:
     def _direction(self, episode: Episode, student: str, teacher: str) -> Direction:
         is_soft = self._config.targets == "soft" and teacher in STUDENTS
         return Direction(
-            episode.prototypes[f"{student}/{teacher}"],
+            episode.prototypes_of(student, teacher),
             episode.centers[teacher] if is_soft else None,
             self._config.teacher_temperature,
         )

@@ -27,6 +27,7 @@ BLOCK = 4 * 13  # rows of a block do not divide what a rank has
 SETTINGS: dict[str, dict[str, Any]] = {
     "soft": {},
     "hard": {"targets": "hard"},
+    "as they are": {"back_translation": False},
     "external": {"teacher": Path("somewhere"), "teacher_weight": 0.5, "weight": 2.0},
 }
 # Measured: fp64 1.6e-15, fp32 6.8e-7.
@@ -71,9 +72,9 @@ def oracle(config: ProtoClipConfig, outputs: dict[str, Tensor], ids_G: Tensor, e
         hidden = F.batch_norm(leaves[f"raw_{student}"] @ head[0].T, None, None, head[1], head[2], training=True)
         rows = F.normalize(F.linear(F.relu(hidden), head[3], head[4]))
         for term, other in (("proto", teacher), ("external", "external")):
-            logits = leaves["proto_scale"] * rows @ episode.prototypes[f"{student}/{other}"].double().T
-            labels = episode.labels[other][place_G].long()
-            centers = episode.centers[other].double()
+            labels, centers = episode.labels[other][place_G].long(), episode.centers[other].double()
+            means = episode.prototypes[f"{student}/{other}"].double()
+            logits = leaves["proto_scale"] * rows @ (means if config.back_translation else centers).T
             is_hard = config.targets == "hard" or term == "external"
             soft = (centers @ centers.T / config.teacher_temperature).softmax(dim=1)[labels]
             terms[term].append(F.cross_entropy(logits, labels if is_hard else soft))
@@ -103,6 +104,8 @@ def compute(
         swapped = {"image": "text", "text": "image"}
         labels = {name: episode.labels[swapped.get(name, name)].clamp_max(10) for name in episode.labels}
         episode = Episode(3, episode.ids_N, labels, episode.centers, episode.prototypes, {}, {})
+    if not config.back_translation:
+        episode = Episode(3, episode.ids_N, episode.labels, episode.centers, {}, {}, {})
     used = OwnMoments(group.process_group) if twin == "own moments" else group
     terms = PrototypeTerms(config, used, Matmul(False, "cpu"), torch.device("cpu"))
     with torch.no_grad():
