@@ -33,7 +33,7 @@ from mlcd_ds.errors import UserError
 from mlcd_ds.models.tower import Tower
 from mlcd_ds.models.vit import ViT
 from mlcd_ds.objectives.base import Objective
-from mlcd_ds.objectives.pair_objective import Scale
+from mlcd_ds.objectives.pair_objective import Scale, first_scale
 from mlcd_ds.objectives.registry import kind_of
 
 
@@ -102,7 +102,8 @@ class Start:
         """Fill what the engine trains for a recipe's objective, where the source has the same; returns what was
         done."""
         if self.checkpoint is None:
-            is_filled = isinstance(module, Scale) and self._has_text_tower() and self._released.fill_scale(module)
+            scale = first_scale(module)
+            is_filled = scale is not None and self._has_text_tower() and self._released.fill_scale(scale)
             return ["the scale"] if is_filled else []
         file_name = WEIGHT_FILES["objective"]
         if not self.has_state_for(recipe) or file_name not in self.checkpoint.files:

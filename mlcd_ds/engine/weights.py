@@ -20,7 +20,7 @@ from mlcd_ds.errors import UserError
 from mlcd_ds.models.text import TextTower
 from mlcd_ds.models.tower import Tower
 from mlcd_ds.models.vit import ViT
-from mlcd_ds.objectives.pair_objective import Scale
+from mlcd_ds.objectives.pair_objective import first_scale
 from mlcd_ds.objectives.registry import kind_of
 
 CONFIG_NAME = "config.yaml"
@@ -200,7 +200,7 @@ def load_scale(checkpoint: Path, weights: Weights = "last") -> tuple[Tensor, Ten
     """
     recipe, fix = checkpoint_recipe(checkpoint), older_checkpoint(checkpoint)
     module = kind_of(recipe.objective).engine_module(recipe)
-    scale = next((part for part in module.modules() if isinstance(part, Scale)), None) if module else None
+    scale = first_scale(module) if module else None
     if module is None or scale is None:
         raise UserError(
             f"{checkpoint} has no factor on cosines: its objective is {recipe.objective.name}, which learns none. "

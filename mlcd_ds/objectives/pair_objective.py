@@ -111,3 +111,8 @@ class Scale(nn.Module):
         """What is added to the towers' outputs."""
         added = {"scale": _ClampInward.apply(self.log_scale[0].float(), *self.log_bounds).exp()}
         return added if self.bias is None else {**added, "bias": self.bias[0].float()}
+
+
+def first_scale(module: nn.Module) -> Scale | None:
+    """The factor on cosines of images and texts among what the engine trains for an objective; None without one."""
+    return next((part for part in module.modules() if isinstance(part, Scale)), None)

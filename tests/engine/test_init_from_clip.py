@@ -50,7 +50,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return folder, model
 
 
-def recipe_from(folder: Path, objective: str = "clip", **sections: dict[str, Any]) -> Recipe:
+def recipe_from(folder: Path, objective: str = "clip", /, **sections: dict[str, Any]) -> Recipe:
     sections["train"] = {"init_from": str(folder), **sections.get("train", {})}
     return pair_recipe(folder.parent / "run", objective, own_tokenizer(), **sections)
 
@@ -79,6 +79,16 @@ def test_both_towers_and_the_scale_are_the_models(released: tuple[Path, Any], gr
         fresh = build_towers(recipe_from(folder), None, group).trained  # the known-bad twin: nothing filled
         assert (fresh["text"](tokens) - right[1]).abs().max() > 1e3 * TOLERANCE
     assert told.logits_per_image.isfinite().all()
+
+
+def test_a_sum_takes_the_factor_of_its_part(released: tuple[Path, Any], group: Group) -> None:
+    nclip = {"name": "nclip", "num_dims": 8, "head_width": 4}
+    parts = {"name": "sum", "parts": [{"objective": nclip}, {"objective": {"name": "clip"}}]}
+    built = build(recipe_from(released[0], "clip", objective=parts), group)
+    assert built.notes == ["the backbone", "the text tower", "the scale"]
+    assert built.trained.objective.clip.log_scale.item() == released[1].logit_scale.item()
+    alone = build(recipe_from(released[0], "clip", objective=nclip), group)
+    assert alone.notes == ["the backbone", "the text tower"], "it has none"
 
 
 def test_a_factor_of_the_other_loss_is_not_taken(released: tuple[Path, Any], group: Group) -> None:
