@@ -242,9 +242,9 @@ def environment(tree: Path) -> dict[str, str]:
 
 
 def stage(tree: Path, *words: object) -> None:
-    """Run a command of a tree's package."""
+    """Run a command of a tree's package, from there: python -m looks in the working directory first."""
     command = [sys.executable, "-m", "mlcd_ds", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(tree), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tree, env=environment(tree), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{command}: {done.stderr}")
 
@@ -266,6 +266,9 @@ def measure_step(before: str) -> dict[str, float | str]:
         old.mkdir()
         archive = subprocess.run(["git", "archive", before], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
         subprocess.run(["tar", "-x", "-C", str(old)], input=archive, check=True)
+        for tree in (old, ROOT):
+            found = subprocess.check_output([sys.executable, "-c", "import mlcd_ds; print(mlcd_ds.__file__)"], cwd=tree)
+            assert Path(found.decode().strip()).is_relative_to(tree), "the package of another tree"
         shard = ROOT / "demo/shards/train/00000.tar"
         index, embeddings_, clusters = (folder / name for name in ("index", "embeddings", "clusters"))
         stage(ROOT, "index", "--shards", shard, "--out", index)
@@ -274,7 +277,7 @@ def measure_step(before: str) -> dict[str, float | str]:
         stage(ROOT, "assign", "--embeddings", embeddings_, "--clusters", clusters, "--out", folder / "labels")
         pairs = []
         for number in range(STEP_ROUNDS):
-            trees = ((old, "before"), (ROOT, "after"))
+            trees = ((old, "before"), (ROOT, "after"))[:: 1 if number % 2 else -1]  # the machine drifts
             found = {which: step_seconds(tree, folder, folder / f"{which}{number}") for tree, which in trees}
             pairs.append(found)
             sys.stdout.write(f"{json.dumps(found)}\n")
