@@ -106,6 +106,10 @@ class Comparison:
         """Of what is made of some pictures."""
         return self.out / part / name
 
+    def keys(self, run: Run) -> list[str]:
+        """What a run changes in compare.yaml."""
+        return [*run.system.keys, *self.overrides]
+
     def log(self, name: str) -> Path:
         return self.out / "logs" / f"{name}.log"
 
@@ -130,7 +134,7 @@ class Comparison:
             scores |= {name: found[key] for name, key in TEXT_SCORES.items()}
         metrics = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
         record = {"run": run.name, "lr": run.lr, "seed": run.seed, "judged_on": judged, "scores": scores}
-        record |= {"keys": [*run.system.keys, *self.overrides], "final_loss": metrics[-1]["loss/total"]}
+        record |= {"keys": self.keys(run), "final_loss": metrics[-1]["loss/total"]}
         write_json(self.record(run), record | {"commit": git_commit(), "versions": library_versions()})
         if run.system not in STARTS:
             shutil.rmtree(trained / "checkpoints")
@@ -153,7 +157,15 @@ class Comparison:
         return folder
 
     def all_of(self, runs: Iterable[Run], what: str) -> None:
-        """Make runs, some at a time."""
+        """Make runs, some at a time. Records of other settings end the comparison."""
+        runs = list(runs)
+        for run in runs:
+            if self.record(run).exists():
+                kept = json.loads(self.record(run).read_text())
+                if (kept["keys"], kept["lr"]) != (self.keys(run), run.lr):
+                    raise SystemExit(
+                        f"{self.record(run)} is of a run with other settings: remove it, or name --records."
+                    )
         missing = [run for run in runs if not self.record(run).exists()]
         for start in {run.start.name: run.start for run in missing if run.start}.values():
             self.train(start)

@@ -7,6 +7,7 @@ description; the file then holds only what differs.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import typing
 from pathlib import Path
@@ -209,22 +210,29 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
-    """Set `a.b=value` (a YAML value) in a recipe's mapping; whether the key exists is checked with the rest."""
+    """Set `a.b=value` (a YAML value) in a recipe's mapping; in a list a number is a place. Whether the key exists is
+    checked with the rest."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{shown(override)}: overrides are written key=value, such as train.steps=100.")
     *parents, last = key.split(".")
-    place = content
+    place: Any = content
     for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
+        place = place[_place_in(place, parent, override)] if isinstance(place, list) else place.setdefault(parent, {})
+        if not isinstance(place, dict | list):
             raise UserError(f"{shown(override)}: {parent} is a value and has no keys below it.")
-    place[last] = parse_yaml(text, shown(override), "Give key=value with a YAML value.")
-    if isinstance(place[last], str):
-        try:  # YAML 1.1 takes 1e-3 for a word
-            place[last] = float(text)
-        except ValueError:
-            pass
+    value = parse_yaml(text, shown(override), "Give key=value with a YAML value.")
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):  # YAML 1.1 takes 1e-3 for a word
+            value = float(text)
+    place[_place_in(place, last, override) if isinstance(place, list) else last] = value
+
+
+def _place_in(values: list[Any], key: str, override: str) -> int:
+    """A place in a list. UserError where it has none of that number."""
+    if not key.isdecimal() or int(key) >= len(values):
+        raise UserError(f"{shown(override)}: {key} is no place in a list of {len(values)}, counted from 0.")
+    return int(key)
 
 
 def dump_recipe(recipe: Recipe) -> str:

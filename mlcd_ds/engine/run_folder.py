@@ -32,6 +32,7 @@ from mlcd_ds.engine.weights import (
     read_run_recipe,
 )
 from mlcd_ds.errors import UserError
+from mlcd_ds.objectives.registry import kind_of
 
 DEEPSPEED_NAME = "deepspeed.json"
 logger = logging.getLogger("mlcd_ds")  # only rank 0 logs (stages/runner.py)
@@ -113,7 +114,7 @@ def _check_same_run(before: Recipe, recipe: Recipe) -> None:
 
 
 def _check_rates(before: Recipe, recipe: Recipe, keys: str) -> None:
-    """Raise UserError where the steps already done would have had other learning rates."""
+    """Raise UserError where the steps already done would have had other learning rates, or been of other kinds."""
     out, steps = recipe.train.out, recipe.train.steps
     folders = checkpoint_folders(out)
     done = read_checkpoint(folders[-1]).step if folders else 0
@@ -126,8 +127,13 @@ def _check_rates(before: Recipe, recipe: Recipe, keys: str) -> None:
     )
     first = next((step for step, (was, now) in enumerate(rates) if was != now), None)
     if first is None:
-        return
-    if recipe.optimizer.schedule == "constant":
+        kind = kind_of(recipe.objective)
+        first = next((s for s in range(done) if kind.step_kind(before, s) != kind.step_kind(recipe, s)), None)
+        if first is None:
+            return
+        reason = f"by it the objective {recipe.objective.name} would have done something else in step {first}"
+        fix = "Keep it"
+    elif recipe.optimizer.schedule == "constant":
         reason = f"the cool-down began after step {first}"
         fix = f"Remove the checkpoints after that step in {folders[-1].parent}, where an earlier one is kept"
     else:

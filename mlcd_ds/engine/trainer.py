@@ -34,7 +34,7 @@ from mlcd_ds.engine.step_clock import StepClock
 from mlcd_ds.engine.step_log import StepLog, StepResult
 from mlcd_ds.errors import UserError
 from mlcd_ds.models.noise import TrainingNoise
-from mlcd_ds.objectives.base import RAW, Given, join_fields, join_outputs
+from mlcd_ds.objectives.base import RAW, Given, has_rows, join_fields, join_outputs
 from mlcd_ds.objectives.registry import kind_of
 
 Norm = Tensor | float | None  # of the engine's gradient, before clipping
@@ -155,12 +155,14 @@ class Trainer:
         with the gradient that it was given. The noise belongs to the images, so it is the same in both passes."""
         clock, factors = self.clock, self.factors.of_whole(self.batch_slice.num_micro_batches)
         held, embedded, fields = [], [], []
-        for _ in range(self.batch_slice.num_micro_batches):
+        for number in range(self.batch_slice.num_micro_batches):
             batch = next(batches)
             clock.mark("data")
             held.append(self._inputs(batch, token_drop))
             with torch.no_grad():
-                embedded.append(self._forward(*held[-1]) | self._frozen_outputs(batch))
+                outputs = self._forward(*held[-1]) | self._frozen_outputs(batch)
+            # What has no rows is the same in each: one copy of an objective's weights is enough.
+            embedded.append({name: output for name, output in outputs.items() if not number or has_rows(name)})
             fields.append(batch.numbered_fields)
             clock.mark("forward")
         given = self.objective(join_outputs(embedded), join_fields(fields), factors.own)

@@ -1,8 +1,8 @@
 """What an objective is to the rest: the fields it needs, the small parameters that live in the engine, a loss and the
 gradient of each output, and whatever it keeps and steps itself.
 
-Trainer, checkpoints and planner know only this and `registry.py`. An objective is a class here, in a file of its own,
-and a line there. Most methods have a default: nothing to check, to keep or to plan.
+Trainer, checkpoints and planner know only this and `registry.py`. An objective is a class in a file of its own, and a
+line in `single.py`. Most methods have a default: nothing to check, to keep or to plan.
 
 B images of a micro-batch on this rank, E embedding.
 """
@@ -28,6 +28,7 @@ from mlcd_ds.distributed.groups import ParallelGroups
 from mlcd_ds.recipes.sections import ObjectiveConfig, Sections
 
 TOWERS = ("image", "text")
+APART = 2**32  # added to a run's seed for what an objective draws: the towers are drawn by the seed itself
 RAW = "raw_"  # before the name of a tower: its embeddings as they are, fp32 [B, E]
 
 
@@ -48,8 +49,9 @@ def has_rows(output: str) -> bool:
 
 @dataclass(frozen=True)
 class Given:
-    """What an objective makes of a batch. Means over the global batch, without gradient; and this rank's share of the
-    loss's gradient by each output: rows of its own images, complete; or, of what has no rows, a summand of all ranks'.
+    """What an objective makes of a batch. The loss and its parts, which add up to it: means over the global batch,
+    without gradient; and this rank's share of the loss's gradient by each output: rows of its own images, complete; or,
+    of what has no rows, a summand of all ranks'.
     """
 
     loss: Tensor
@@ -110,7 +112,7 @@ def engine_memory(count: int, run: PlannedRun) -> dict[str, int]:
 
 
 class Objective(ABC):
-    """A loss, and all that belongs to it outside the engine. A subclass says what is in its way different."""
+    """A loss, and all that belongs to it outside the engine. A subclass overrides what differs."""
 
     config_type: ClassVar[type[ObjectiveConfig]]
     """Its `objective:` section; the literals of its `name` are the names under which a recipe asks for it."""
@@ -189,6 +191,12 @@ class Objective(ABC):
 
         `note` and `inputs` are of that run's checkpoint.
         """
+        return None
+
+    @classmethod
+    def step_kind(cls, recipe: Sections, step: int) -> object:
+        """What a step does, where that depends on its place among train.steps: which may change only as long as the
+        steps done would have been of the same kinds."""
         return None
 
     @classmethod

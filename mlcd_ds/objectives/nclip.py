@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from mlcd_ds.data.fields import TrainingData
 from mlcd_ds.distributed.groups import ParallelGroups
-from mlcd_ds.objectives.base import Given, Need, PlannedRun, engine_memory
+from mlcd_ds.objectives.base import APART, Given, Need, PlannedRun, engine_memory
 from mlcd_ds.objectives.products import PrecisionConfig, check_products, make_matmul, product_width
-from mlcd_ds.objectives.pseudo_labels import BLOCK, TermWeights, pseudo_labels
+from mlcd_ds.objectives.pseudo_labels import BLOCK, LEAST_ROWS, TermWeights, pseudo_labels
 from mlcd_ds.objectives.two_towers import TwoTowers
 from mlcd_ds.recipes.sections import ObjectiveConfig, Sections
 
@@ -79,14 +79,15 @@ class Nclip(TwoTowers):
         width = product_width(config, recipe)
         hidden = rows * config.head_width * (3 * 4 + width)
         # Of a block: logarithms and probabilities of both modalities, and the slopes.
-        memory = {"loss: during a step": 2 * hidden + 6 * 4 * BLOCK["cuda"] + 2 * 2 * 4 * config.num_dims}
+        block = min(rows * config.num_dims, max(BLOCK["cuda"], LEAST_ROWS * config.num_dims))
+        memory = {"loss: during a step": 2 * hidden + 6 * 4 * block + 2 * 2 * 4 * config.num_dims}
         flops = 2 * 4 * 2 * rows * config.num_dims * config.head_width
         return Need({**engine_memory(2 * head, run), **memory}, 2 * config.num_dims * 4, "the heads", flops)
 
     @classmethod
     def engine_module(cls, recipe: Sections) -> nn.Module:
         config = nclip_config(recipe)
-        generator = torch.Generator().manual_seed(recipe.train.seed)
+        generator = torch.Generator().manual_seed(recipe.train.seed + APART)
         return Heads(recipe.model.embed_dim, config.head_width, config.num_dims, generator)
 
     @torch.no_grad()
@@ -130,7 +131,7 @@ class Nclip(TwoTowers):
                 self._has_warned = True
                 logger.warning(
                     "nclip: the mean distribution of the %s tower has collapsed: its entropy is %.2f of at most %.2f. "
-                    "Raise objective.mean_entropy_weight, or lower optimizer.lr.",
+                    "Raise nclip's mean_entropy_weight, or lower optimizer.lr.",
                     *(tower, float(entropy), most),
                 )
         return {}

@@ -26,7 +26,7 @@ from mlcd_ds.data.episodes import EpisodeOrder
 from mlcd_ds.data.fields import TrainingData
 from mlcd_ds.distributed.groups import ParallelGroups
 from mlcd_ds.errors import UserError
-from mlcd_ds.objectives.base import Embed, Given, Need, OwnOutputs, PlannedRun, engine_memory
+from mlcd_ds.objectives.base import APART, Embed, Given, Need, OwnOutputs, PlannedRun, engine_memory
 from mlcd_ds.objectives.clip import clip_loss
 from mlcd_ds.objectives.episode import FILE_NAME, STUDENTS, Clusterer, Episode, load_state, save_state
 from mlcd_ds.objectives.episode_plan import EpisodePlan, ProtoClipConfig, protoclip_config
@@ -36,8 +36,6 @@ from mlcd_ds.objectives.projection_heads import HeadParameters, head_names
 from mlcd_ds.objectives.prototype_loss import BLOCK_ELEMENTS
 from mlcd_ds.objectives.prototype_terms import PrototypeTerms
 from mlcd_ds.recipes.sections import Sections
-
-APART = 2**32  # added to the seed, by which the towers are drawn
 
 
 class ProtoClip(PairObjective):
@@ -83,6 +81,11 @@ class ProtoClip(PairObjective):
                 f"towers.{frozen[0]} is frozen, and protoclip clusters what both towers learn: train both (for the "
                 "last episodes objective.frozen_episodes keeps the image tower as it is)"
             )
+        if config.with_replacement and recipe.data.captions == "lines":
+            raise ValueError(
+                "objective.with_replacement takes a sample twice, and data.captions=lines would give it two captions, "
+                "which may be in two clusters: set objective.with_replacement=false, or data.captions=whole"
+            )
         EpisodePlan.of(recipe)
         if config.num_clusters > config.episode_samples:
             raise ValueError(
@@ -99,10 +102,9 @@ class ProtoClip(PairObjective):
     def check_data(cls, recipe: Sections, data: TrainingData) -> None:
         config = protoclip_config(recipe)
         if not config.with_replacement and config.episode_samples > data.num_samples:
-            fits = data.num_samples // recipe.train.global_batch * recipe.train.global_batch
             raise UserError(
-                f"objective.episode_samples {config.episode_samples} is more than the {data.num_samples} samples: set "
-                f"objective.episode_samples={fits}, or objective.with_replacement=true."
+                f"objective.episode_samples {config.episode_samples} is more than the {data.num_samples} samples: "
+                "lower it (to a multiple of train.global_batch), or set objective.with_replacement=true."
             )
         if config.teacher:
             manifest = read_manifest(config.teacher, EmbeddingManifest, "embed")
@@ -116,6 +118,13 @@ class ProtoClip(PairObjective):
                     f"objective.teacher {config.teacher} has embeddings of {manifest.dim}, objective.teacher_dim is "
                     f"{config.teacher_dim}: lower it."
                 )
+
+    @classmethod
+    def step_kind(cls, recipe: Sections, step: int) -> tuple[bool, bool]:
+        """Whether it has prototypes, and whether the image tower stays as it is."""
+        plan = EpisodePlan.of(recipe)
+        number = plan.episode_of(step)
+        return plan.has_prototypes(number), plan.is_still(number)
 
     @classmethod
     def describe(cls, recipe: Sections, data: TrainingData, num_ranks: int, tensor_parallel: int) -> list[str]:
@@ -196,11 +205,10 @@ class ProtoClip(PairObjective):
         """Collectives: those of CLIP's loss and of `PrototypeTerms`."""
         pairs = self.pairs(outputs, outputs["scale"].detach())
         halves, gradients = clip_loss(pairs)
-        parts, more = self.terms(outputs, fields["ids"], pairs.num_pairs, self.episode)
+        terms, more = self.terms(outputs, fields["ids"], pairs.num_pairs, self.episode)
         self._measures |= self._phase_measures() | {"proto_scale": outputs["proto_scale"].detach()}
-        parts = {"clip": halves.sum(), **parts}
-        loss = parts["clip"] + sum(factor * parts[term] for term, factor in self.terms.weights.items())
-        return Given(loss, parts, gradients | more)
+        parts = {"clip": halves.sum(), **{name: term * self.terms.weights[name] for name, term in terms.items()}}
+        return Given(torch.stack(list(parts.values())).sum(), parts, gradients | more)
 
     def _phase_measures(self) -> dict[str, Tensor]:
         """Of the episode: its number, and of each clustering what it reached."""

@@ -44,20 +44,21 @@ def prototype_loss(
     cast_BP, cast_KP = matmul.cast(student_BP), matmul.cast(direction.prototypes_KP.to(dtype))
     size = max(1, BLOCK_ELEMENTS[student_BP.device.type] // len(cast_KP))
     loss, grad_BP = student_BP.new_zeros(()), torch.empty_like(student_BP)
-    with matmul.active():
-        for begin in range(0, len(student_BP), size):
-            rows = slice(begin, begin + size)
+    for begin in range(0, len(student_BP), size):
+        rows = slice(begin, begin + size)
+        with matmul.active():  # around these products alone: soft targets are always made in fp32
             logits_bK = matmul(cast_BP[rows], cast_KP.T).mul_(scale)
-            sums_b1 = logits_bK.logsumexp(dim=1, keepdim=True)
-            if direction.teacher_KP is None:
-                own_b1 = labels_B[rows, None]
-                loss += (sums_b1 - logits_bK.gather(1, own_b1)).sum()
-                slopes_bK = logits_bK.sub_(sums_b1).exp_()
-                slopes_bK.scatter_add_(1, own_b1, -torch.ones_like(sums_b1))
-            else:
-                targets_bK = direction.targets(labels_B[rows]).to(dtype)
-                loss += sums_b1.sum() - torch.dot(targets_bK.flatten(), logits_bK.flatten())
-                slopes_bK = logits_bK.sub_(sums_b1).exp_().sub_(targets_bK)
+        sums_b1 = logits_bK.logsumexp(dim=1, keepdim=True)
+        if direction.teacher_KP is None:
+            own_b1 = labels_B[rows, None]
+            loss += (sums_b1 - logits_bK.gather(1, own_b1)).sum()
+            slopes_bK = logits_bK.sub_(sums_b1).exp_()
+            slopes_bK.scatter_add_(1, own_b1, -torch.ones_like(sums_b1))
+        else:
+            targets_bK = direction.targets(labels_B[rows]).to(dtype)
+            loss += sums_b1.sum() - torch.dot(targets_bK.flatten(), logits_bK.flatten())
+            slopes_bK = logits_bK.sub_(sums_b1).exp_().sub_(targets_bK)
+        with matmul.active():
             grad_BP[rows] = matmul(matmul.cast(slopes_bK), cast_KP)
     grad_BP /= num_images
     return loss / num_images, grad_BP * scale, torch.dot(student_BP.flatten(), grad_BP.flatten())

@@ -114,7 +114,7 @@ def pseudo_labels(
             for number, other in ((0, 1), (1, 0)):
                 p_bK, log_p_bK, mean_log_K = probabilities[number], logs[number], logs_2K[number]
                 constants_b = terms.cross_entropy * (1 - cross_2B[number, rows])
-                constants_b -= terms.entropy * own_2B[number, rows] + terms.mean_entropy * (p_bK @ mean_log_K)
+                constants_b += terms.mean_entropy * _entropies(p_bK, mean_log_K) - terms.entropy * own_2B[number, rows]
                 slopes_bK = torch.add(constants_b[:, None], logs[other], alpha=-terms.cross_entropy)
                 slopes_bK.add_(log_p_bK, alpha=-terms.entropy).add_(mean_log_K, alpha=terms.mean_entropy).mul_(p_bK)
                 slopes_bK.sub_(probabilities[other], alpha=terms.cross_entropy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from mlcd_ds.artefacts.typed import Frozen
 from mlcd_ds.data.fields import TrainingData
 from mlcd_ds.data.order import Order
 from mlcd_ds.distributed.groups import ParallelGroups
+from mlcd_ds.errors import UserError
 from mlcd_ds.objectives.base import Embed, Given, Need, Objective, OwnOutputs, PlannedRun
 from mlcd_ds.objectives.single import KINDS, SingleConfig, single_kind_of
 from mlcd_ds.recipes.sections import ObjectiveConfig, Sections
@@ -40,6 +42,15 @@ def parts_of(recipe: Sections) -> Iterator[tuple[float, type[Objective], Section
     assert isinstance(recipe.objective, SumConfig)
     for part in recipe.objective.parts:
         yield part.weight, single_kind_of(part.objective), recipe.model_copy(update={"objective": part.objective})
+
+
+@contextmanager
+def _of_part(number: int) -> Iterator[None]:
+    """Messages about `objective.KEY` name the part's key."""
+    try:
+        yield
+    except (ValueError, UserError) as error:
+        raise type(error)(str(error).replace("objective.", f"objective.parts.{number}.objective.")) from None
 
 
 def _joined(lists: Iterator[tuple[str, ...]]) -> tuple[str, ...]:
@@ -91,22 +102,31 @@ class Sum(Objective):
                         f"objective.parts has {names[other]} and {names[number]}, which keep the same (class centres, "
                         "or a learned scale): take one of them"
                     )
-            kind.check(own)
+            if all(recipe.is_frozen(tower) for tower in kind.towers_of(own)):
+                raise ValueError(
+                    f"objective.parts has {names[number]}, whose towers are all frozen, so it would train none of "
+                    "them: leave the part out, or set towers.image=trained"
+                )
+            with _of_part(number):
+                kind.check(own)
 
     @classmethod
     def check_layout(cls, recipe: Sections, num_ranks: int, tensor_parallel: int) -> None:
-        for _, kind, own in parts_of(recipe):
-            kind.check_layout(own, num_ranks, tensor_parallel)
+        for number, (_, kind, own) in enumerate(parts_of(recipe)):
+            with _of_part(number):
+                kind.check_layout(own, num_ranks, tensor_parallel)
 
     @classmethod
     def check_device(cls, recipe: Sections, device: torch.device) -> None:
-        for _, kind, own in parts_of(recipe):
-            kind.check_device(own, device)
+        for number, (_, kind, own) in enumerate(parts_of(recipe)):
+            with _of_part(number):
+                kind.check_device(own, device)
 
     @classmethod
     def check_data(cls, recipe: Sections, data: TrainingData) -> None:
-        for _, kind, own in parts_of(recipe):
-            kind.check_data(own, data)
+        for number, (_, kind, own) in enumerate(parts_of(recipe)):
+            with _of_part(number):
+                kind.check_data(own, data)
 
     @classmethod
     def state_name(cls, recipe: Sections) -> str:
@@ -118,6 +138,10 @@ class Sum(Objective):
     ) -> str | None:
         problems = (kind.check_start(own, note, inputs, data) for _, kind, own in parts_of(recipe))
         return next((problem for problem in problems if problem), None)
+
+    @classmethod
+    def step_kind(cls, recipe: Sections, step: int) -> object:
+        return [kind.step_kind(own, step) for _, kind, own in parts_of(recipe)]
 
     @classmethod
     def describe(cls, recipe: Sections, data: TrainingData, num_ranks: int, tensor_parallel: int) -> list[str]:
@@ -177,7 +201,7 @@ class Sum(Objective):
         for name, factor, part in zip(self._names, self._weights, self.parts, strict=True):
             given = part(outputs, fields, weight * factor)
             losses.append(given.loss * factor)
-            parts |= {f"{name}_{key}": value for key, value in given.parts.items()}
+            parts |= {f"{name}_{key}": value * factor for key, value in given.parts.items()}
             for output, gradient in given.gradients.items():
                 scaled = gradient * factor
                 gradients[output] = gradients[output] + scaled if output in gradients else scaled

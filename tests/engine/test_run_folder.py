@@ -50,6 +50,11 @@ def add_checkpoint(recipe: Recipe, step: int) -> None:
 
 
 CONSTANT, COOLED = ("optimizer.schedule=constant",), ("optimizer.schedule=constant", "optimizer.cooldown_steps=20")
+# Ten episodes of ten steps; in the last two the image tower stays as it is.
+EPISODES = (
+    *("optimizer.schedule=constant", "objective={name: protoclip, episode_samples: 1280, num_clusters: 8}", "head={}"),
+    "text={vocab_size: 300, end_token: 1, width: 16, depth: 1, heads: 2, mlp_width: 32, embed_dim: 128}",
+)
 COSINE_SAYS = (
     r"train.steps cannot change after \d+ steps: optimizer.schedule cosine spreads .*--init-from \S+ train.out="
 )
@@ -70,6 +75,16 @@ COOLED_SAYS = r"cannot change after \d+ steps: the cool-down began after step 80
         (COOLED, 81, 90, COOLED, "cool-down began after step 70"),
         (CONSTANT, 100, 120, COOLED, None),
         (CONSTANT, 100, 100, COOLED, "optimizer.cooldown_steps cannot change after 100 steps: the cool-down began"),
+        (EPISODES, 80, 200, EPISODES, None),
+        (
+            EPISODES,
+            81,
+            200,
+            EPISODES,
+            "train.steps cannot .* by it the objective protoclip would .* in step 80. Keep it",
+        ),
+        (EPISODES, 80, 90, EPISODES, "would have done something else in step 70"),
+        (EPISODES, 70, 90, EPISODES, None),
         ((), 100, 200, (), COSINE_SAYS),
         ((), 60, 200, (), COSINE_SAYS),
         ((), 10, 200, (), None),

@@ -43,7 +43,10 @@ def train_all(group: Group, data: TinyData, folder: Path, tensor_parallel: int) 
         for stage, micro_batches in CASES[group.size, tensor_parallel]:
             out, layout = folder / f"{name}-{stage}", Layout(group.size, tensor_parallel, stage)
             trainer = make_trainer(data, out, layout, group, name, micro_batches)
-            found[name, stage, micro_batches] = go_on(trainer, 0, NUM_STEPS), kept(trainer)
+            first = kept(trainer)
+            found[name, stage, micro_batches] = go_on(trainer, 0, NUM_STEPS), (last := kept(trainer))
+            still = [key for key, weight in first.items() if torch.equal(weight, last[key])]
+            assert not still, f"{name} leaves {still} as they were"
             trainer.engine.destroy()
     return found
 

@@ -174,7 +174,7 @@ def test_a_collapse_is_told_once(group: Group, caplog: pytest.LogCaptureFixture)
         for _ in range(2):
             assert objective.take_counts() == {}
     assert [f"at most {math.log(DIMS):.2f}" in record.getMessage() for record in caplog.records] == [True]
-    assert "text tower" in caplog.text and "objective.mean_entropy_weight" in caplog.text
+    assert "text tower" in caplog.text and "nclip's mean_entropy_weight" in caplog.text
     measures = objective.step(0.0)
     assert measures["nclip/mean_entropy_text"] < 1e-3 < measures["nclip/mean_entropy_image"]
     assert measures["nclip/dead_dims_text"] == pytest.approx(1 - 1 / DIMS)

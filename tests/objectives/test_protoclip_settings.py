@@ -21,12 +21,17 @@ from mlcd_ds.objectives.protoclip import ProtoClip
 TOWER = {"width": 32, "depth": 1, "heads": 4, "mlp_width": 64, "embed_dim": 16}
 
 
-def make_recipe(train: dict[str, Any] | None = None, towers: dict[str, Any] | None = None, **objective: Any) -> Recipe:
+def make_recipe(
+    train: dict[str, Any] | None = None,
+    towers: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    **objective: Any,
+) -> Recipe:
     content: dict[str, Any] = {
         "description": "a test",
         "model": {"image_size": 32, "patch_size": 16, **TOWER},
         "text": dict(TOWER),
-        "data": {"num_streams": 4},
+        "data": {"num_streams": 4, **(data or {})},
         "objective": {"name": "protoclip", "episode_samples": 96, "num_clusters": 10, **objective},
         "optimizer": {"lr": 1e-3, "warmup_steps": 2},
         "train": {"steps": 20, "global_batch": 24, "precision": "fp32", **(train or {})},
@@ -59,6 +64,7 @@ def test_episodes_follow_each_other() -> None:
             {"towers": {"image": "frozen"}, "train": {"init_from": "x"}},
             "towers.image is frozen, and protoclip clusters what both towers learn: train both",
         ),
+        ({"data": {"captions": "lines"}}, "objective.with_replacement takes a sample twice, and data.captions=lines"),
         ({"targets": "softer"}, "objective.*targets"),
     ],
 )
@@ -73,7 +79,7 @@ def test_data_that_do_not_fit_are_named(tiny_data: TinyData, tmp_path: Path) -> 
     ProtoClip.check_data(make_recipe(teacher=str(tiny_data.embeddings)), data)
     write_embeddings(tmp_path / "other", blobs((10,), 8, 2))
     for settings, message in (
-        ({"with_replacement": False, "episode_samples": 120}, r"120 is more than the 100 samples: .*=96, or .*=true"),
+        ({"with_replacement": False, "episode_samples": 120}, "120 is more than the 100 samples: lower it .*=true"),
         ({"teacher": str(tmp_path / "other")}, "was made of another index than data.index"),
         ({"teacher": str(tmp_path / "none")}, "run `mlcd embed"),
         (

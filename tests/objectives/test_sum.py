@@ -18,7 +18,7 @@ from mlcd_ds.distributed.groups import ParallelGroups
 from mlcd_ds.errors import UserError
 from mlcd_ds.objectives.base import PlannedRun
 from mlcd_ds.objectives.registry import kind_of
-from mlcd_ds.objectives.sum import parts_of
+from mlcd_ds.objectives.sum import Sum, parts_of
 
 NCLIP = {"name": "nclip", "num_dims": 16, "head_width": 4}
 PARTS = [{"weight": 2.0, "objective": {"name": "clip"}}, {"weight": 0.25, "objective": NCLIP}]
@@ -53,7 +53,24 @@ def test_losses_and_gradients_are_the_parts_weighted(groups: ParallelGroups) -> 
         for factor, part in ((2.0, clip), (0.25, nclip)):
             expected += factor * part.gradients.get(name, torch.zeros(()))
         assert torch.allclose(gradient, expected), name
-    assert total.parts["clip_image"] == clip.parts["image"] and "nclip_entropy" in total.parts
+    assert total.parts["clip_image"] == 2.0 * clip.parts["image"] and "nclip_entropy" in total.parts
+    assert torch.allclose(torch.stack(list(total.parts.values())).sum(), total.loss)
+
+
+def test_what_a_part_keeps_itself_gets_its_weight_too(groups: ParallelGroups) -> None:
+    recipe = make_recipe({"name": "sum", "parts": [PARTS[0], {"weight": 0.25, "objective": {"name": "mlcd"}}]})
+    _, (_, _, own) = parts_of(recipe)
+    data, device = SimpleNamespace(labels=SimpleNamespace(num_centers=9)), torch.device("cpu")
+    outputs = {name: torch.nn.functional.normalize(torch.randn(6, 20)) for name in ("image", "text")}
+    outputs["scale"] = torch.tensor(14.0)
+    found = []
+    for each, weight in ((recipe, 0.5), (own, 0.5)):
+        objective = kind_of(each.objective)(each, data, groups, device)  # type: ignore[arg-type]
+        objective.init_weights()
+        objective.begin_step(0)
+        objective(outputs, {"labels": torch.arange(12).view(6, 2) % 9}, weight)
+        found.append((objective.parts[1] if isinstance(objective, Sum) else objective).head.grad_LE)
+    assert found[1].abs().max() > 1e-3 and torch.allclose(found[0], 0.25 * found[1])
 
 
 def test_what_a_sum_takes_is_what_its_parts_take() -> None:
@@ -89,6 +106,28 @@ def test_what_a_sum_takes_is_what_its_parts_take() -> None:
 def test_a_bad_sum_names_the_part_and_the_fix(parts: list[dict[str, Any]], told: str) -> None:
     with pytest.raises(UserError, match=told):
         make_recipe({"name": "sum", "parts": parts})
+
+
+def test_messages_name_a_parts_key_which_can_be_set() -> None:
+    proto = {"objective": {"name": "protoclip", "episode_samples": 30, "num_clusters": 4}}
+    parts = [{"objective": {"name": "mlcd"}}, proto]
+    with pytest.raises(
+        UserError, match=r"objective.parts.1.objective.episode_samples 30 .*set objective.parts.1.objec"
+    ):
+        make_recipe({"name": "sum", "parts": parts})
+    key = "objective.parts.1.objective.num_dims"
+    assert load_recipe("xclip_vit_b_32", (f"{key}=64",)).objective.parts[1].objective.num_dims == 64
+    for wrong in ("objective.parts.2.objective.num_dims=64", "objective.parts.one=3"):
+        with pytest.raises(UserError, match="is no place in a list of 2, counted from 0"):
+            load_recipe("xclip_vit_b_32", (wrong,))
+
+
+def test_a_part_whose_towers_are_frozen_is_refused() -> None:
+    parts = [PARTS[0], {"objective": {"name": "mlcd"}}]
+    with pytest.raises(UserError, match=r"objective.parts has mlcd, whose towers are all frozen.*towers.image=trained"):
+        make_recipe({"name": "sum", "parts": parts}, towers={"image": "frozen"}, train={"init_from": "runs/x"})
+    frozen = make_recipe({"name": "sum", "parts": PARTS}, towers={"image": "frozen"}, train={"init_from": "runs/x"})
+    assert frozen.is_frozen("image"), "both parts train the text tower"
 
 
 def test_sections_that_no_part_reads_are_refused() -> None:
