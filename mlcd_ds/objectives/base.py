@@ -92,6 +92,10 @@ class PlannedRun:
     micro_batch: int
     num_classes: int
 
+    def per_rank(self, recipe: Sections) -> int:
+        """Images of a step on a rank."""
+        return recipe.train.global_batch * self.tensor_parallel // self.num_ranks
+
 
 @dataclass(frozen=True)
 class Need:

@@ -74,7 +74,7 @@ class Nclip(TwoTowers):
 
     @classmethod
     def need(cls, recipe: Sections, run: PlannedRun) -> Need:
-        config, rows = nclip_config(recipe), recipe.train.global_batch * run.tensor_parallel // run.num_ranks
+        config, rows = nclip_config(recipe), run.per_rank(recipe)
         head = config.head_width * (recipe.model.embed_dim + 1 + config.num_dims)
         width = product_width(config, recipe)
         hidden = rows * config.head_width * (3 * 4 + width)
@@ -82,7 +82,8 @@ class Nclip(TwoTowers):
         block = min(rows * config.num_dims, max(BLOCK["cuda"], LEAST_ROWS * config.num_dims))
         memory = {"loss: during a step": 2 * hidden + 6 * 4 * block + 2 * 2 * 4 * config.num_dims}
         flops = 2 * 4 * 2 * rows * config.num_dims * config.head_width
-        return Need({**engine_memory(2 * head, run), **memory}, 2 * config.num_dims * 4, "the heads", flops)
+        sent = 2 * 4 * config.num_dims * run.micro_batch / rows  # once a step
+        return Need({**engine_memory(2 * head, run), **memory}, sent, "the heads", flops)
 
     @classmethod
     def engine_module(cls, recipe: Sections) -> nn.Module:

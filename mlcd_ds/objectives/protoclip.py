@@ -141,7 +141,7 @@ class ProtoClip(PairObjective):
     def need(cls, recipe: Sections, run: PlannedRun) -> Need:
         """Of a step; what the beginning of an episode computes is not in it."""
         config, clip = protoclip_config(recipe), super().need(recipe, run)
-        batch = recipe.train.global_batch * run.tensor_parallel // run.num_ranks
+        batch = run.per_rank(recipe)
         num_directions = 2 + 2 * bool(config.teacher)
         head = recipe.model.embed_dim * config.head_hidden + config.head_hidden * config.head_dim
         # Prototypes of each direction, and the centres of the two teachers.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -153,13 +154,17 @@ class Sum(Objective):
 
     @classmethod
     def need(cls, recipe: Sections, run: PlannedRun) -> Need:
+        share = 1.0
+        if cls.sees_whole_batch(recipe):  # each part is called once a step, with all that a rank has
+            share = run.micro_batch / run.per_rank(recipe)
+            run = replace(run, micro_batch=run.per_rank(recipe))
         needs = [kind.need(own, run) for _, kind, own in parts_of(recipe)]
         memory: dict[str, int] = {}
         for need in needs:
             for use, size in need.memory.items():
                 memory[use] = memory.get(use, 0) + size
         what = " and ".join(need.what for need in needs)
-        return Need(memory, sum(need.sent for need in needs), what, sum(need.flops for need in needs))
+        return Need(memory, share * sum(need.sent for need in needs), what, sum(need.flops for need in needs))
 
     @classmethod
     def engine_module(cls, recipe: Sections) -> nn.Module | None:
