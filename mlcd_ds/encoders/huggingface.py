@@ -55,8 +55,8 @@ def is_language_model(folder: Path) -> bool:
 
 
 def load_text_encoder(folder: Path) -> TextEncoder:
-    """From a Hugging Face folder with a tokenizer: the text half of a CLIP model, or a language model (BERT, RoBERTa),
-    of which the mean of the last hidden states is taken. Captions are cut at its length."""
+    """From a Hugging Face folder with a tokenizer: the text half of a CLIP model, or a language model (BERT, RoBERTa;
+    also a decoder), of which the mean of the last hidden states is taken. Captions are cut at its length."""
     import transformers
 
     if not is_language_model(folder) and not ((folder / "config.json").exists() and model_type(folder) == "clip"):
@@ -72,6 +72,12 @@ def load_text_encoder(folder: Path) -> TextEncoder:
         network = _from_pretrained(transformers.AutoModel, folder, unused="pooler.")
         if hasattr(network, "pooler"):  # random numbers, in models that were trained to fill in words
             network.pooler = None
+        if network.config.is_encoder_decoder:
+            raise UserError(f"{folder}: {model_type(folder)} models translate texts; take one that only encodes them.")
+        if tokenizer.pad_token is None:  # decoders have none; what it is does not matter, as it is masked
+            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise UserError(f"{folder}: its tokenizer has neither a padding nor an end token. {FIX}")
         length = _max_length(network, tokenizer)
     else:
         network = _from_pretrained(transformers.CLIPTextModelWithProjection, folder)

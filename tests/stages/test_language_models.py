@@ -20,7 +20,8 @@ TOLERANCE = 1e-3  # rows are fp16
 
 
 def write_language_model(folder: Path, kind: str) -> Path:
-    """`kind`: bert or roberta, the latter saved as a model that fills in words, without a pooling layer."""
+    """`kind`: bert; roberta, saved as a model that fills in words, without a pooling layer; gpt2, whose tokenizer has
+    no padding; or t5."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -30,14 +31,21 @@ def write_language_model(folder: Path, kind: str) -> Path:
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
+    padding = {} if kind == "gpt2" else {"pad_token": "<pad>"}
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **padding
     )
     tokenizer.save_pretrained(folder)
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, pad_token_id=1)
     shape |= dict(vocab_size=len(words), max_position_embeddings=LENGTH + 2 * (kind == "roberta"))
     torch.manual_seed(0)
-    if kind == "bert":
+    if kind == "gpt2":
+        sizes = dict(n_embd=32, n_layer=2, n_head=2, n_positions=LENGTH, vocab_size=len(words))
+        model = transformers.GPT2Model(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=2))
+    elif kind == "t5":
+        sizes = dict(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, vocab_size=len(words))
+        model = transformers.T5Model(transformers.T5Config(**sizes, pad_token_id=1, decoder_start_token_id=0))
+    elif kind == "bert":
         model = transformers.BertModel(transformers.BertConfig(**shape))
     else:
         model = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**shape))
@@ -53,7 +61,7 @@ def run_embed(data: TinyData, encoder: Path, out: Path, features: str = "text") 
     return embed.main([str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
 def test_captions_are_means_of_hidden_states(tiny_data: TinyData, tmp_path: Path, kind: str) -> None:
     from transformers import AutoModel, AutoTokenizer
 
@@ -84,3 +92,8 @@ def test_images_are_refused(tiny_data: TinyData, tmp_path: Path, capfd: pytest.C
         capfd.readouterr()
         assert run_embed(tiny_data, folder, tmp_path / "out", features) == 2
         assert "model_type bert is not one of clip" in capfd.readouterr().err
+
+
+def test_models_that_translate_are_refused(tiny_data: TinyData, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    assert run_embed(tiny_data, write_language_model(tmp_path / "model", "t5"), tmp_path / "out") == 2
+    assert "t5 models translate texts; take one that only encodes them" in capfd.readouterr().err
