@@ -24,11 +24,14 @@ from mlcd_ds.engine.trainer import Trainer
 NUM_TOKENS = 280
 NCLIP = {"name": "nclip", "num_dims": 48, "head_width": 12}
 MLCD = {"name": "mlcd", "scale": 16.0}
+PROTOCLIP = {"name": "protoclip", "episode_samples": 48, "num_clusters": 6, "num_iterations": 8, "num_restarts": 2}
+PROTOCLIP |= {"head_hidden": 24, "head_dim": 8, "infonce_episodes": 0}  # two steps an episode, of which a run has four
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "siglip": {"name": "siglip"},
     "nclip": NCLIP,
     "xclip": {"name": "sum", "parts": [{"objective": {"name": "clip"}}, {"weight": 0.3, "objective": NCLIP}]},
     "mlcd + clip": {"name": "sum", "parts": [{"weight": 0.7, "objective": MLCD}, {"objective": {"name": "clip"}}]},
+    "mlcd + protoclip": {"name": "sum", "parts": [{"objective": MLCD}, {"weight": 0.5, "objective": PROTOCLIP}]},
 }
 
 

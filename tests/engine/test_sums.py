@@ -17,6 +17,7 @@ from mlcd_ds.engine.layout import Layout
 from mlcd_ds.engine.tensor_parallel import gather_full
 from mlcd_ds.engine.trainer import Trainer
 from mlcd_ds.engine.weights import read_checkpoint
+from mlcd_ds.objectives.protoclip import ProtoClip
 from mlcd_ds.objectives.sum import Sum
 
 NUM_STEPS = 3
@@ -88,9 +89,16 @@ def resume_all(group: Group, data: TinyData, folder: Path) -> dict[str, Any]:
     """Saved after a step, gone on from, and from the same on a path where nothing was saved: [expected, resumed]."""
     os.environ.update(RANK=str(group.rank), WORLD_SIZE=str(group.size), LOCAL_RANK=str(group.rank))
     found: dict[str, Any] = {}
-    for name in ("xclip", "mlcd + clip"):
+    for name in ("xclip", "mlcd + clip", "mlcd + protoclip"):
         trainer = make_trainer(data, folder / name, Layout(group.size, 1, 1), group, name, 3)
         go_on(trainer, 0, 1)
+        if "protoclip" in name:
+            assert isinstance(trainer.objective, Sum) and isinstance(proto := trainer.objective.parts[1], ProtoClip)
+            assert proto.episode, "made before the first step"
+            batch = next(batches := trainer.batches(0))
+            batches.close()
+            assert torch.isin(batch.ids_B, proto.episode.ids_N).all(), "the part's order is the run's"
+            assert trainer.objective.still_towers(3) == () and trainer.objective.still_towers(4) == ("image",)
         path = trainer.checkpointer.save(1)
         right = go_on(trainer, 1, NUM_STEPS), kept(trainer)
         trainer.engine.destroy()
