@@ -25,13 +25,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from head import MIB, peak_memory
+from report import report
 from torch import Tensor
 
-from mlcd_ds.artefacts.manifest import library_versions
 from mlcd_ds.config import load_recipe
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.distributed.groups import ParallelGroups
-from mlcd_ds.engine.checkpoint import git_commit
 from mlcd_ds.objectives.nclip import Nclip, nclip_config
 
 BATCH, ROUNDS = 4096, 5
@@ -131,12 +130,8 @@ def main() -> None:
         "dims": config.num_dims,
         "head_width": config.head_width,
         "threads": arguments.threads,
-        "commit": git_commit(),
-        "versions": library_versions(),
     }
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    report(result, arguments.json)
     return None
 
 

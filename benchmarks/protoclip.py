@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,14 +28,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from head import launch
+from report import report
 from torch import Tensor
 from two_towers import ROOT, stage
 
-from mlcd_ds.artefacts.manifest import library_versions
 from mlcd_ds.clustering.memory_rows import Share, cluster_rows
 from mlcd_ds.config import load_recipe
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.engine.checkpoint import git_commit
 from mlcd_ds.engine.engine_config import resolve_ds_config
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.trainer import Trainer
@@ -221,10 +219,7 @@ def main() -> None:
         result |= measure_overhead(arguments.samples, arguments.batch, arguments.rounds)
     if "clustering" in arguments.only:
         result |= measure_clustering(arguments.rows, arguments.clusters, arguments.rounds)
-    result |= {"commit": git_commit(), "versions": library_versions()}
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    report(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -33,15 +33,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from head import peak_memory
+from report import report
 from torch import Tensor
 
-from mlcd_ds.artefacts.manifest import library_versions
 from mlcd_ds.config import parse_recipe
 from mlcd_ds.data.fields import Tokens
 from mlcd_ds.data.loader import Batch
 from mlcd_ds.data.tokenizers import clip_tokenizer
 from mlcd_ds.distributed.collectives import Group
-from mlcd_ds.engine.checkpoint import git_commit
 from mlcd_ds.engine.engine_config import resolve_ds_config
 from mlcd_ds.engine.layout import Layout, plan_batches
 from mlcd_ds.engine.trainer import Trainer
@@ -311,10 +310,7 @@ def main() -> None:
         result |= measure_loader()
     if "step" in arguments.only:
         result |= measure_step(arguments.before)
-    result |= {"commit": git_commit(), "versions": library_versions()}
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    report(result, arguments.json)
     return None
 
 

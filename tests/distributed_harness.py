@@ -11,7 +11,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mlcd_ds.distributed.collectives import Group
 
@@ -135,6 +137,33 @@ def _check_comparable(name: str, got: Tensor, expected: Tensor) -> None:
     assert not same, f"{name}: a tensor is compared with itself"
     assert torch.isfinite(got).all(), f"{name}: not finite"
     assert torch.isfinite(expected).all(), f"{name}: what is expected is not finite"
+
+
+def of_whole_batch(ranks: list[dict[str, Tensor]], rows: Collection[str], sums: Collection[str]) -> dict[str, Tensor]:
+    """What the ranks have found, together: `rows` one after the other, `sums` added up; the rest is equal on all."""
+    whole = {}
+    for name, value in ranks[0].items():
+        if name in rows:
+            whole[name] = torch.cat([rank[name] for rank in ranks])
+        elif name in sums:
+            whole[name] = torch.stack([rank[name] for rank in ranks]).sum(dim=0)
+        else:
+            assert all(torch.equal(rank[name], value) for rank in ranks), name
+            whole[name] = value
+    return whole
+
+
+class TensorSizes(TorchDispatchMode):
+    """While it is active: elements of every tensor that an operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.sizes.extend(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        return out
 
 
 @dataclass(frozen=True)

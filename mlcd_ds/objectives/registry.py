@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Union
-
-from pydantic import BeforeValidator, Field
+from typing import TYPE_CHECKING
 
 from mlcd_ds.objectives.base import Objective
 from mlcd_ds.objectives.single import KINDS as SINGLE_KINDS
-from mlcd_ds.objectives.single import with_name
+from mlcd_ds.objectives.single import kind_among, section_of
 from mlcd_ds.objectives.sum import Sum
 from mlcd_ds.recipes.sections import ObjectiveConfig
 
@@ -22,7 +20,7 @@ def kind_named(name: object) -> type[Objective] | None:
 
 def kind_of(config: ObjectiveConfig) -> type[Objective]:
     """The objective of a recipe's section."""
-    return next(kind for kind in KINDS if isinstance(config, kind.config_type))
+    return kind_among(KINDS, config)
 
 
 def owners_of_key(key: str) -> list[str]:
@@ -38,8 +36,4 @@ def owners_of_section(section: str) -> list[str]:
 if TYPE_CHECKING:
     AnyObjectiveConfig = ObjectiveConfig
 else:
-    AnyObjectiveConfig = Annotated[
-        Union[tuple(kind.config_type for kind in KINDS)],  # noqa: UP007  built from the list
-        Field(discriminator="name"),
-        BeforeValidator(with_name),
-    ]
+    AnyObjectiveConfig = section_of(KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import BeforeValidator, Field
@@ -18,21 +19,22 @@ KINDS: tuple[type[Objective], ...] = (ClassCentres, Clip, Siglip, Nclip, ProtoCl
 DEFAULT_NAME = "mlcd"
 
 
-def single_kind_of(config: ObjectiveConfig) -> type[Objective]:
+def kind_among(kinds: Sequence[type[Objective]], config: ObjectiveConfig) -> type[Objective]:
     """The objective of a section."""
-    return next(kind for kind in KINDS if isinstance(config, kind.config_type))
+    return next(kind for kind in kinds if isinstance(config, kind.config_type))
 
 
-def with_name(given: Any) -> Any:
-    """A section that names no objective is of the default one."""
+def section_of(kinds: Sequence[type[Objective]]) -> Any:
+    """The type of a section that is of one of these objectives: told by its name, the default one where it has none."""
+    one_of: Any = Union[tuple(kind.config_type for kind in kinds)]  # noqa: UP007  built from a list
+    return Annotated[one_of, Field(discriminator="name"), BeforeValidator(_with_name)]
+
+
+def _with_name(given: Any) -> Any:
     return {"name": DEFAULT_NAME, **given} if isinstance(given, dict) else given
 
 
 if TYPE_CHECKING:
     SingleConfig = ObjectiveConfig
 else:
-    SingleConfig = Annotated[
-        Union[tuple(kind.config_type for kind in KINDS)],  # noqa: UP007  built from the list
-        Field(discriminator="name"),
-        BeforeValidator(with_name),
-    ]
+    SingleConfig = section_of(KINDS)

@@ -20,7 +20,7 @@ from mlcd_ds.data.order import Order
 from mlcd_ds.distributed.groups import ParallelGroups
 from mlcd_ds.errors import UserError
 from mlcd_ds.objectives.base import Embed, Given, Need, Objective, OwnOutputs, PlannedRun
-from mlcd_ds.objectives.single import KINDS, SingleConfig, single_kind_of
+from mlcd_ds.objectives.single import KINDS, SingleConfig, kind_among
 from mlcd_ds.recipes.sections import ObjectiveConfig, Sections
 
 
@@ -42,7 +42,7 @@ def parts_of(recipe: Sections) -> Iterator[tuple[float, type[Objective], Section
     """Weight and kind of each part, and the recipe in which it stands alone."""
     assert isinstance(recipe.objective, SumConfig)
     for part in recipe.objective.parts:
-        yield part.weight, single_kind_of(part.objective), recipe.model_copy(update={"objective": part.objective})
+        yield part.weight, kind_among(KINDS, part.objective), recipe.model_copy(update={"objective": part.objective})
 
 
 @contextmanager

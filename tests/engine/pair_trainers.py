@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import trainers
-from distributed_harness import TinyData
+from distributed_harness import TinyData, assert_close
 from torch import Tensor
 from training_runs import tiny_recipe
 
@@ -87,6 +87,21 @@ def train_mlcd(data: TinyData, out: Path, group: Group) -> None:
     if group.is_main:
         (out / "config.yaml").write_text(dump_recipe(trainer.recipe))
     group.barrier()
+
+
+def assert_as_one_process(
+    what: str,
+    got: tuple[Tensor, dict[str, Tensor]],
+    right: tuple[Tensor, dict[str, Tensor]],
+    curve_tolerance: float,
+    weight_tolerance: float,
+) -> None:
+    """Curves of `go_on`, and all weights that one process has, too."""
+    for column, value in enumerate(("loss", "norm", "scale")):
+        assert_close(f"{what}: {value}", got[0][:, column], right[0][:, column], curve_tolerance)
+    for key, weight in right[1].items():
+        if not key.endswith("k_proj.bias"):  # no gradient there but rounding
+            assert_close(f"{what}: {key}", got[1][key], weight, weight_tolerance)
 
 
 def go_on(trainer: Trainer, first: int, end: int) -> Tensor:

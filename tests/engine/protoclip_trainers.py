@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.layout import Layout
-from mlcd_ds.engine.tensor_parallel import gather_full
 from mlcd_ds.engine.trainer import Trainer
 from mlcd_ds.objectives.protoclip import ProtoClip
 
@@ -39,11 +38,6 @@ def go_on(trainer: Trainer, first: int, end: int) -> Tensor:
         curve.append([float(value) for value in (*values, result.measures["proto_scale"])])
     batches.close()
     return torch.tensor(curve, dtype=torch.float64)
-
-
-def whole(trainer: Trainer) -> dict[str, Tensor]:
-    state, group = trainer.state, trainer.groups.tensor
-    return {name: gather_full(name, state.get(name), group).clone() for name in state.names}
 
 
 def protoclip_of(trainer: Trainer) -> ProtoClip:

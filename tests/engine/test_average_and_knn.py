@@ -10,7 +10,7 @@ import torch
 from distributed_harness import TinyData, assert_close, assert_differs, run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
-from trainers import go_on, make_trainer
+from trainers import go_on, make_trainer, whole
 from training_runs import tiny_recipe
 
 from mlcd_ds.config import parse_recipe
@@ -20,8 +20,6 @@ from mlcd_ds.engine.labelled_images import LabelledImages
 from mlcd_ds.engine.layout import Layout
 from mlcd_ds.engine.monitors import KnnMonitor
 from mlcd_ds.engine.schedule import average_decay
-from mlcd_ds.engine.tensor_parallel import gather_full
-from mlcd_ds.engine.trainer import Trainer
 from mlcd_ds.errors import UserError
 
 DECAY = 0.3
@@ -32,11 +30,6 @@ KINDS = (("fp32", "adamw", 0), ("fp16", "adamw", 0), ("bf16", "adamw", 2), ("fp3
 @pytest.fixture(autouse=True)
 def _without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # Muon's products
-
-
-def whole(trainer: Trainer, moment: str | None) -> dict[str, Tensor]:
-    state, group = trainer.state, trainer.groups.tensor
-    return {name: gather_full(name, state.get(name, moment), group).clone() for name in state.names}
 
 
 def averaged_run(group: Group, data: TinyData, folder: Path) -> Results:
@@ -53,11 +46,11 @@ def averaged_run(group: Group, data: TinyData, folder: Path) -> Results:
         }
         trainer = make_trainer(data, folder / name, layout, group, precision, optimizer, sections=extras)
         knn = trainer.monitors["knn"][1]
-        reference, curves, accuracies = whole(trainer, None), [], []
+        reference, curves, accuracies = whole(trainer), [], []
         for step in range(4):
             curves.append(go_on(trainer, step, step + 1))
             decay = average_decay(step, DECAY)
-            weights = whole(trainer, None)
+            weights = whole(trainer)
             reference = {key: torch.lerp(reference[key], weights[key], 1 - decay) for key in weights}
             accuracies.append(knn.accuracy())
             if step == 1:
@@ -72,7 +65,7 @@ def averaged_run(group: Group, data: TinyData, folder: Path) -> Results:
             "curve": torch.cat(curves),
             "average": average,
             "reference": reference,
-            "weights": whole(again, None),
+            "weights": whole(again),
             "resumed": whole(again, AVERAGE),
             "accuracies": accuracies,
         }

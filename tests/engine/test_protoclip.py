@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from distributed_harness import TinyData, assert_close, assert_differs, run_ranks
-from protoclip_trainers import NUM_STEPS, build, go_on, protoclip_of, whole
+from protoclip_trainers import NUM_STEPS, build, go_on, protoclip_of
 from torch import Tensor
+from trainers import whole
 
 from mlcd_ds.clustering.embedding_store import EmbeddingStore
 from mlcd_ds.clustering.memory_rows import Share

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from distributed_harness import TinyData, assert_close, assert_differs, run_ranks
-from protoclip_trainers import build, go_on, protoclip_of, whole
+from protoclip_trainers import build, go_on, protoclip_of
+from trainers import whole
 
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.layout import Layout

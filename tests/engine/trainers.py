@@ -14,6 +14,7 @@ from mlcd_ds.config import Recipe, parse_recipe
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.engine.engine_config import resolve_ds_config
 from mlcd_ds.engine.layout import Layout, plan_batches
+from mlcd_ds.engine.tensor_parallel import gather_full
 from mlcd_ds.engine.trainer import Trainer
 from mlcd_ds.engine.training_data import open_training_data
 
@@ -40,6 +41,12 @@ def make_trainer(
         config["fp16"] = {"initial_scale_power": 4, "loss_scale_window": 2}  # the scale changes on the way
     ds_config = resolve_ds_config(config, Path("none"), recipe, layout, plan_batches(recipe, layout, group.rank))
     return Trainer(recipe, ds_config, layout, open_training_data(recipe), group, torch.device("cpu"))
+
+
+def whole(trainer: Trainer, moment: str | None = None) -> dict[str, Tensor]:
+    """All that the engine trains, or a moment of it, as full tensors. Collective."""
+    state, group = trainer.state, trainer.groups.tensor
+    return {name: gather_full(name, state.get(name, moment), group).clone() for name in state.names}
 
 
 def go_on(trainer: Trainer, first: int, end: int) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from distributed_harness import assert_close, assert_differs, run_ranks
+from distributed_harness import TensorSizes, assert_close, assert_differs, of_whole_batch, run_ranks
 from pair_runs import own_tokenizer, pair_recipe
 from torch import Tensor
 
@@ -105,33 +105,23 @@ def compute_all(group: Group) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def joined(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The whole batch's gradients from those of the ranks."""
-    whole = {}
-    for name, tensor in ranks[0].items():
-        if name in ("image", "text"):
-            whole[name] = torch.cat([rank[name] for rank in ranks])
-        elif name in HEADS:
-            whole[name] = torch.stack([rank[name] for rank in ranks]).sum(dim=0)
-        else:
-            whole[name] = tensor
-    return whole
-
-
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_loss_and_gradients_are_the_dense_ones(num_ranks: int) -> None:
     results = run_ranks(compute_all, num_ranks)
     for how in results[0]:
-        got = joined([rank[how] for rank in results])
+        found = [rank[how] for rank in results]
+        if how == "own mean":  # of which the loss is each rank's own
+            found = [{name: rank[name] for name in HEADS} for rank in found]
+        got = of_whole_batch(found, ("image", "text"), HEADS)
         expected = oracle(make_outputs(num_ranks, torch.float32 if how == "fp32" else torch.float64))
         if how == "frozen image":
             del expected["image"]
+        if how == "own mean":
+            for name in HEADS if num_ranks > 1 else ():
+                assert_differs(f"{name}, own mean", got[name], expected[name], 1e-4)
+            continue
         assert got.keys() == expected.keys()
         for name, value in expected.items():
-            if how == "own mean":
-                if name in HEADS and num_ranks > 1:
-                    assert_differs(f"{name}, own mean", got[name], value, 1e-4)
-                continue
             assert_close(f"{how}: {name}", got[name], value, FP32_TOLERANCE if how == "fp32" else TOLERANCE)
 
 
@@ -144,20 +134,12 @@ def group() -> Iterator[Group]:
 
 def test_no_block_of_logits_stays(group: Group) -> None:
     """The largest tensor is a block, and not [B, K]."""
-    sizes: list[int] = []
-
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))
-            return out
-
     hidden = torch.randn(600, 4), torch.randn(600, 4)
     weights = torch.randn(20_000, 4), torch.randn(20_000, 4)
     matmul = Nclip(make_recipe(), SimpleNamespace(), ParallelGroups(group), torch.device("cpu")).matmul  # type: ignore[arg-type]
-    with Sizes():
+    with TensorSizes() as seen:
         pseudo_labels.pseudo_labels(hidden, weights, (1.0, 1.0), pseudo_labels.TermWeights(1, 1, 1), group, matmul)
-    assert 600 * 20_000 > pseudo_labels.BLOCK["cpu"] >= max(sizes) > pseudo_labels.BLOCK["cpu"] // 2
+    assert 600 * 20_000 > pseudo_labels.BLOCK["cpu"] >= max(seen.sizes) > pseudo_labels.BLOCK["cpu"] // 2
 
 
 def test_a_collapse_is_told_once(group: Group, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from distributed_harness import assert_close, assert_differs, run_ranks
+from distributed_harness import TensorSizes, assert_close, assert_differs, of_whole_batch, run_ranks
 from torch import Tensor
 
 from mlcd_ds.distributed.collectives import Group
@@ -111,19 +111,12 @@ def compute_all(group: Group) -> dict[tuple, dict[str, Tensor]]:
     return found
 
 
-def joined(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The whole batch's gradients from those of the ranks."""
-    whole = {name: torch.cat([rank[name] for rank in ranks]) for name in ranks[0].keys() & {"image", "text"}}
-    numbers = {name: torch.stack([rank[name] for rank in ranks]).sum() for name in ranks[0].keys() & {"scale", "bias"}}
-    assert all(torch.equal(rank["loss"], ranks[0]["loss"]) for rank in ranks)
-    return {"loss": ranks[0]["loss"], **whole, **numbers}
-
-
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_loss_and_gradients_are_the_dense_ones(num_ranks: int) -> None:
     results = run_ranks(compute_all, num_ranks)
     for kind, scale, how in results[0]:
-        got = joined([rank[kind, scale, how] for rank in results])
+        found = [rank[kind, scale, how] for rank in results]
+        got = of_whole_batch(found, ("image", "text"), ("scale", "bias"))
         dtype = torch.float32 if how == "fp32" else torch.float64
         expected = oracle(kind, make_batch(num_ranks, dtype), scale)
         if how in ("image", "text"):  # the other tower is frozen
@@ -218,23 +211,16 @@ def test_the_scale_stays_within_its_bounds_and_comes_back(first: float, bound: f
 
 def test_no_block_of_logits_stays() -> None:
     """The largest tensor is a block, not [G, G], and nothing is recorded for a backward pass."""
-    sizes: list[int] = []
-
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))
-            return out
-
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         group = Group(dist.group.WORLD)
         rows = F.normalize(torch.randn(5000, 8))
         numbers = torch.tensor([14.0, -10.0])
+        seen = TensorSizes()
         for kind in ("clip", "siglip"):
             given = pairs.Pairs(rows, rows, numbers[0], group, Matmul(False, "cpu"))
-            with Sizes():
+            with seen:
                 clip_loss(given) if kind == "clip" else siglip_loss(given, numbers[1])
     finally:
         dist.destroy_process_group()
-    assert max(sizes) == pairs.BLOCKS["cpu"][0] * pairs.BLOCKS["cpu"][1]
+    assert max(seen.sizes) == pairs.BLOCKS["cpu"][0] * pairs.BLOCKS["cpu"][1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from distributed_harness import assert_close, assert_differs, run_ranks
+from distributed_harness import assert_close, assert_differs, of_whole_batch, run_ranks
 from torch import Tensor, nn
 
 from mlcd_ds.distributed.collectives import Group
@@ -23,6 +23,7 @@ from mlcd_ds.objectives.prototype_terms import PrototypeTerms
 EMBED, HIDDEN, DIM, SAMPLES = 6, 10, 5, 40
 CLUSTERS = {"image": 13, "text": 11, "external": 7}
 PER_RANK = {1: 13, 2: 7, 3: 5}
+ROWS = ("raw_image", "raw_text")
 BLOCK = 4 * 13  # rows of a block do not divide what a rank has
 SETTINGS: dict[str, dict[str, Any]] = {
     "soft": {},
@@ -127,25 +128,12 @@ def compute_all(group: Group) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def joined(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The whole batch's from those of the ranks."""
-    whole: dict[str, Tensor] = {}
-    for name, value in ranks[0].items():
-        if name.startswith("raw_"):
-            whole[name] = torch.cat([rank[name] for rank in ranks])
-        elif name.startswith("proto_"):
-            whole[name] = torch.stack([rank[name] for rank in ranks]).sum(dim=0)
-        else:
-            assert all(torch.equal(rank[name], value) for rank in ranks), name
-            whole[name] = value
-    return whole
-
-
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_terms_and_gradients_are_the_dense_ones(num_ranks: int) -> None:
     results = run_ranks(compute_all, num_ranks)
     for case in results[0]:
-        got = joined([rank[case] for rank in results])
+        found = [rank[case] for rank in results]
+        got = of_whole_batch(found, ROWS, [name for name in found[0] if name.startswith("proto_")])
         dtype = torch.float32 if "fp32" in case else torch.float64
         outputs, ids_G, episode = make_inputs(num_ranks, dtype)
         expected = oracle(make_config(**SETTINGS.get(case.split(",")[0], {})), outputs, ids_G, episode)
