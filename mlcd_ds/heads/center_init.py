@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mlcd_ds.clustering.principal import principal_components
 from mlcd_ds.distributed.collectives import Group
 from mlcd_ds.heads.class_sampling import mixed_seed
 from mlcd_ds.heads.class_shards import ClassRange
@@ -30,15 +31,8 @@ def projected_centers(centers_LE: Tensor, num_classes: int, dim: int, std: float
     """[L, D]: the k-means centres in their `dim` principal directions, each of length std * sqrt(dim).
 
     The student then starts with the teacher's geometry between the classes. Where E < D the rest is zero. Collectives:
-    all-reduces of [E] and [E, E], in float64.
+    those of `principal_components`.
     """
-    rows_LE = centers_LE.double()
-    mean_E = group.all_reduce_sum(rows_LE.sum(dim=0)) / num_classes
-    rows_LE = rows_LE - mean_E
-    covariance_EE = group.all_reduce_sum(rows_LE.T @ rows_LE) / num_classes
-    directions_EE = torch.linalg.eigh(covariance_EE).eigenvectors.flip(1)  # largest variance first
-    # An eigenvector's sign is arbitrary: its largest entry is made positive.
-    signs_E = directions_EE.gather(0, directions_EE.abs().argmax(dim=0, keepdim=True)).sign()
-    rows_LD = rows_LE @ (directions_EE * signs_E)[:, :dim]
+    rows_LD = principal_components(centers_LE.double(), num_classes, dim, group)
     rows_LD = torch.nn.functional.normalize(rows_LD, dim=1) * std * dim**0.5
     return torch.nn.functional.pad(rows_LD, (0, dim - rows_LD.shape[1])).float()

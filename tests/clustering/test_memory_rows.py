@@ -8,6 +8,7 @@ import torch
 from distributed_harness import assert_close, assert_differs, run_ranks
 from torch import Tensor
 
+from mlcd_ds.clustering import principal
 from mlcd_ds.clustering.memory_rows import MemoryRows, Share
 from mlcd_ds.clustering.principal import principal_components
 from mlcd_ds.clustering.row_sampling import Sample
@@ -32,6 +33,7 @@ def read(group: Group, num_rows: int) -> dict[str, object]:
         blocks = list(store.blocks(4, which))
         assert all(len(numbers) == len(block) <= 4 for numbers, block in blocks)
         found[name] = [(int(n), row) for numbers, block in blocks for n, row in zip(numbers, block, strict=True)]
+    principal.BLOCK_ROWS = 8  # of this process; it divides no rank's rows
     found["components"] = share.gather(principal_components(mine, num_rows, 3, group), group)
     return found
 
